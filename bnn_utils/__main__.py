@@ -1,0 +1,246 @@
+"""The command line: python -m bnn_utils train | evaluate | damage."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pandas as pd
+import torch
+from torch import nn
+
+from bnn_utils import campaign, checkpoints, data, faults
+from bnn_utils.models import MODELS, build
+from bnn_utils.repair import REPAIRS
+from bnn_utils.training import OPTIMIZERS, PRECISIONS, STATE_FILE, Evaluation, Recipe, evaluate, train
+
+BEST_FILE = "best.safetensors"
+PUBLISHED_WORDS = {"none": "damaged", "clip": "clipped"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = Recipe()
+    parser = _Parser(prog="python -m bnn_utils", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,damage}")
+
+    common = _Parser(add_help=False)
+    common.add_argument("--dataset", choices=data.DATASETS, required=True)
+    common.add_argument("--data-path", metavar="DIR", help="torchvision's layout, or train/<class>/ and test/<class>/")
+    common.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+
+    trained = _Parser(add_help=False)
+    trained.add_argument("-e", "--checkpoint", metavar="CHECKPOINT", required=True)
+    trained.add_argument("--limit", type=int, metavar="N", help="use the first N test images only")
+
+    sub = commands.add_parser("train", parents=[common], help="train a network by the published recipe")
+    sub.add_argument("--model", choices=MODELS, required=True)
+    sub.add_argument("--results-dir", default="results", metavar="DIR")
+    sub.add_argument("--save", metavar="NAME", help="the run's folder in --results-dir (the model's name by default)")
+    sub.add_argument("--epochs", type=int, default=defaults.epochs)
+    sub.add_argument("--batch-size", type=int, default=defaults.batch_size)
+    sub.add_argument("--lr", type=float, default=defaults.lr, help="falls to 1e-5 along a cosine")
+    sub.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
+    sub.add_argument("--optimizer", choices=OPTIMIZERS, default=defaults.optimizer)
+    sub.add_argument("--precision", choices=PRECISIONS, default=defaults.precision, help="of training's arithmetic")
+    sub.add_argument("--width", type=float, default=1.0, help="factor on every layer's size; 1.0 is as published")
+    sub.add_argument("--seed", type=int, default=defaults.seed)
+    sub.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on with an interrupted run")
+    sub.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
+    sub.set_defaults(run=_train)
+
+    sub = commands.add_parser("evaluate", parents=[common, trained], help="loss and accuracy on the test images")
+    sub.set_defaults(run=_evaluate)
+
+    sub = commands.add_parser("damage", parents=[common, trained], help="the same after random bit errors")
+    sub.add_argument("--probabilities", type=float, nargs="+", default=[1e-2, 1e-4, 1e-6, 1e-8], metavar="P")
+    sub.add_argument("--trials", type=int, default=20, metavar="N", help="draws of errors at each probability")
+    sub.add_argument("--storage", choices=faults.STORAGES, default="float32")
+    sub.add_argument("--repair", choices=REPAIRS, nargs="+", default=["none", "clip"])
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", metavar="FILE.csv", help="write every trial to this new file")
+    sub.set_defaults(run=_damage)
+    return parser
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def _load_data(arguments: argparse.Namespace) -> data.Dataset:
+    if arguments.data_path == "":
+        raise data.DataError("--data-path is empty, expected a folder")
+    return data.load(arguments.dataset, arguments.data_path)
+
+
+def _load_trained(arguments: argparse.Namespace) -> tuple[nn.Module, data.Images]:
+    """Return the network and the test images, normalized as it was trained with."""
+    model, facts = checkpoints.load(arguments.checkpoint)
+    images = _load_data(arguments).test.limit(arguments.limit)
+    config = facts["config"]
+    wanted = (config["in_channels"], config.get("input_size", images.pixels.shape[-1]), config["num_classes"])
+    seen = (images.pixels.shape[1], images.pixels.shape[-1], len(images.classes))
+    if wanted != seen:
+        described = "{} channels, {} pixels a side, {} classes"
+        raise ValueError(
+            f"{arguments.checkpoint}: its network wants {described.format(*wanted)}; "
+            f"{arguments.dataset} has {described.format(*seen)}"
+        )
+    if "mean" in facts and "std" in facts:
+        images = dataclasses.replace(images, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
+    device = _device(arguments.device)
+    return model.to(device), images.to(device)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recipe)})
+    folder = Path(arguments.results_dir) / (arguments.save or arguments.model)
+    resume = arguments.resume is not None
+    if arguments.resume:
+        folder = Path(arguments.resume)
+        folder = folder.parent if folder.name == STATE_FILE else folder
+    if resume and not (folder / STATE_FILE).is_file():
+        raise ValueError(f"{folder}: holds no {STATE_FILE}, so there is nothing to resume")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume and not arguments.overwrite:
+        raise FileExistsError(f"{folder}: is there already; go on with --resume, replace with --overwrite, or --save")
+    device = _device(arguments.device)
+
+    dataset = _load_data(arguments)
+    _, in_channels, _, size = dataset.train.pixels.shape
+    torch.manual_seed(recipe.seed)
+    model = build(
+        arguments.model,
+        num_classes=len(dataset.classes),
+        width=arguments.width,
+        in_channels=in_channels,
+        input_size=size,
+    ).to(device, memory_format=torch.channels_last)
+    facts: dict[str, Any] = dict(
+        dataset=dataset.name,
+        classes=dataset.classes,
+        mean=dataset.train.mean,
+        std=dataset.train.std,
+        recipe=dataclasses.asdict(recipe),
+        device=str(device),
+    )
+
+    def keep(network: nn.Module, row: dict[str, Any]) -> None:
+        facts.update(epoch=row["epoch"], validation_accuracy=row["validation_accuracy"])
+        checkpoints.save(folder / BEST_FILE, network, **facts)
+
+    print(f"training {arguments.model} at width {arguments.width:g} on {dataset.name}, into {folder}", flush=True)
+    history = train(
+        model, dataset.to(device), recipe, folder=folder, resume=resume, on_best=keep, on_epoch=_print_epoch
+    )
+    best = history.loc[history["validation_accuracy"].idxmax()]
+    tested = evaluate(model, dataset.test.to(device))
+    facts.update(epoch=int(best["epoch"]), validation_accuracy=float(best["validation_accuracy"]))
+    facts.update(test_loss=tested.loss, test_accuracy=tested.accuracy, seconds=float(history["seconds"].sum()))
+    checkpoints.save(folder / BEST_FILE, model, **facts)
+    print(f"best epoch {best['epoch']:.0f}: validation acc {best['validation_accuracy']:.4f}")
+    print(f"test: {_described(tested)} on {len(dataset.test)} images of {dataset.name}")
+    print(f"kept: {folder / BEST_FILE}")
+
+
+def _print_epoch(row: dict[str, Any]) -> None:
+    print(
+        f"epoch {row['epoch']:3d}  lr {row['lr']:.1e}  train loss {row['train_loss']:.3f} acc {row['train_accuracy']:.3f}"
+        f"  validation loss {row['validation_loss']:.3f} acc {row['validation_accuracy']:.3f}"
+        f"  sign flips {row['sign_flips']:.2%}  {row['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def _described(result: Evaluation) -> str:
+    return f"loss {result.loss:.4f}, acc {result.accuracy:.4f}"
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    model, images = _load_trained(arguments)
+    print(f"{_described(evaluate(model, images))} on {len(images)} test images of {images.dataset}")
+
+
+def _damage(arguments: argparse.Namespace) -> None:
+    model, images = _load_trained(arguments)
+    repairs = list(dict.fromkeys(arguments.repair))
+    original = evaluate(model, images)
+    table = campaign.run(
+        model,
+        images,
+        arguments.probabilities,
+        arguments.trials,
+        storage=arguments.storage,
+        repairs=repairs,
+        seed=arguments.seed,
+        out=arguments.out,
+    )
+    print(published_form(table, original))
+
+
+def published_form(table: pd.DataFrame, original: Evaluation) -> str:
+    """Return a campaign's table of one network in the words of the published experiment, with intervals.
+
+    Every figure is the mean over the trials, ± the half-width of its 95% interval; rates are damaged over original.
+    """
+    means = campaign.aggregate(table)
+    first = means.iloc[0]
+    lines = [
+        f"{first['network']} on {first['dataset']}, {first['storage']} storage, {first['trials']} trials a "
+        "probability, mean ± half-width of the 95% interval",
+        f"original model ==> loss:{{{original.loss:.3f}}}, acc:{{{original.accuracy:.3f}}}",
+        "damaged model ==>",
+    ]
+    for probability in sorted(means["probability"].unique(), reverse=True):
+        rows = means[means["probability"] == probability]
+        lines.append(f"damage probability:  {probability:g}  ({rows['flips'].iloc[0]:.4g} flips a trial)")
+        for row in rows.to_dict("records"):
+            word = PUBLISHED_WORDS.get(row["repair"], row["repair"])
+            parts = {
+                f"{word} loss": (row["loss"], row["loss_half"]),
+                f"{word} acc": (row["accuracy"], row["accuracy_half"]),
+                "loss rate": (row["loss"] / original.loss, row["loss_half"] / original.loss),
+                "acc rate": (row["accuracy"] / original.accuracy, row["accuracy_half"] / original.accuracy),
+            }
+            line = ", ".join(f"{name}:{{{_number(mean)} ± {_number(half)}}}" for name, (mean, half) in parts.items())
+            if row["not_finite"]:
+                line += f"  (loss not finite in {row['not_finite']} of {row['trials']} trials)"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2e}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"python -m bnn_utils {parsed.command}: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Monte-Carlo sweeps: probabilities x trials x repairs of one network become one tidy table."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from torch import nn
+from tqdm.auto import tqdm
+
+from bnn_utils.bits import check_probability
+from bnn_utils.data import Images
+from bnn_utils.faults import PARAMETERS, STORAGES, float32_storage, inject, targeted
+from bnn_utils.files import write_beside
+from bnn_utils.repair import REPAIRS
+from bnn_utils.training import Evaluation, evaluate
+
+COLUMNS = [
+    "network",
+    "dataset",
+    "storage",
+    "repair",
+    "probability",
+    "trial",
+    "seed",
+    "flips",
+    "loss",
+    "accuracy",
+]  # fmt: skip
+
+
+def trial_seed(seed: int, probability: float, trial: int) -> int:
+    """Return the seed of one trial: a function of these three alone, so order, workers and repairs do not matter."""
+    words = np.array([probability], np.float64).view(np.uint32)
+    sequence = np.random.SeedSequence([seed, *words.tolist(), trial])
+    return int(sequence.generate_state(1, np.uint32)[0])
+
+
+def _trials(
+    model: nn.Module,
+    data: Images,
+    probability: float,
+    trials: int,
+    storage: str,
+    repairs: Sequence[str],
+    seed: int,
+    targets: Sequence[str],
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield, trial by trial, one row a repair, all of a trial's repairs on the same damage."""
+    unharmed: dict[str, Evaluation] = {}
+    with float32_storage(model):
+        for trial in range(trials):
+            own_seed = trial_seed(seed, probability, trial)
+            rows = []
+            with inject(model, probability, seed=own_seed, targets=targets) as flips:
+                for repair in repairs:
+                    result = unharmed.get(repair) if flips.total == 0 else None
+                    if result is None:
+                        with REPAIRS[repair](model):
+                            result = evaluate(model, data)
+                        if flips.total == 0:  # a trial without a flip gives what every such trial gives
+                            unharmed[repair] = result
+                    rows.append(
+                        dict(
+                            network=getattr(model, "name", type(model).__name__),
+                            dataset=data.dataset,
+                            storage=storage,
+                            repair=repair,
+                            probability=probability,
+                            trial=trial,
+                            seed=own_seed,
+                            flips=flips.total,
+                            loss=result.loss,
+                            accuracy=result.accuracy,
+                        )
+                    )
+            yield rows
+
+
+def _all_trials(*arguments: Any) -> list[list[dict[str, Any]]]:
+    return list(_trials(*arguments))
+
+
+def run(
+    model: nn.Module,
+    data: Images,
+    probabilities: Sequence[float],
+    trials: int,
+    *,
+    storage: str = "float32",
+    repairs: Sequence[str] = ("none",),
+    seed: int = 0,
+    targets: Sequence[str] = PARAMETERS,
+    out: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
+) -> pd.DataFrame:
+    """Damage `model` again and again, evaluate it each time, and return one row a trial and repair.
+
+    Args:
+        model: a network on the device of `data`; it is given back unharmed.
+        data: the images to evaluate on.
+        probabilities: bit error probabilities, each in [0, 1].
+        trials: independent draws of errors at each probability, at least 1.
+        storage: "float32", see `bnn_utils.faults`.
+        repairs: names in `bnn_utils.repair.REPAIRS`; all see the same damage.
+        seed: of the campaign; a trial's seed follows from it, the probability and the trial's number.
+        targets: what is hit, see `bnn_utils.faults.inject`.
+        out: a CSV file to write as trials finish; it must not exist yet.
+        executor: runs each probability as one task (the network and the images travel with it); None runs here.
+
+    Returns:
+        Table with the columns of COLUMNS, sorted by probability, trial and the order of `repairs`; accuracy in
+        0..1, loss in nats (NaN or infinite where the damaged network puts out such logits).
+
+    Raises:
+        ValueError: an argument outside its range, or an unknown storage, repair or target.
+        FileExistsError: `out` is there already.
+        FileNotFoundError: the folder of `out` is not there.
+    """
+    probabilities = [check_probability(probability) for probability in probabilities]
+    if not probabilities:
+        raise ValueError("probabilities must name at least one probability")
+    if trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}")
+    if storage not in STORAGES:
+        raise ValueError(f"unknown storage {storage!r}, expected one of {', '.join(STORAGES)}")
+    for repair in repairs:
+        if repair not in REPAIRS:
+            raise ValueError(f"unknown repair {repair!r}, expected one of {', '.join(REPAIRS)}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    targeted(model, targets)  # raises for a target that names nothing, before anything is written
+    if out is not None and Path(out).exists():
+        raise FileExistsError(f"{out}: is there already; name another file")
+    if out is not None and not Path(out).parent.is_dir():
+        raise FileNotFoundError(f"{Path(out).parent}: no such folder to write {Path(out).name} in")
+
+    ordered = sorted(set(probabilities))
+    rows: list[dict[str, Any]] = []
+    bar = tqdm(total=len(ordered) * trials, desc="trials", unit="trial", leave=False)
+
+    def finished(trial_rows: list[dict[str, Any]]) -> None:
+        rows.extend(trial_rows)
+        bar.update()
+
+    try:
+        with bar:
+            tasks = [(model, data, p, trials, storage, tuple(repairs), seed, tuple(targets)) for p in ordered]
+            if executor is None:
+                for task in tasks:
+                    for trial_rows in _trials(*task):
+                        finished(trial_rows)
+                        if out is not None:
+                            _write(out, rows, repairs)
+            else:
+                for future in as_completed([executor.submit(_all_trials, *task) for task in tasks]):
+                    for trial_rows in future.result():
+                        finished(trial_rows)
+                    if out is not None:
+                        _write(out, rows, repairs)
+    finally:
+        if out is not None and rows:
+            _write(out, rows, repairs)
+    return _table(rows, repairs)
+
+
+def _table(rows: list[dict[str, Any]], repairs: Sequence[str]) -> pd.DataFrame:
+    order = {repair: index for index, repair in enumerate(repairs)}
+    ordered = sorted(rows, key=lambda row: (row["probability"], row["trial"], order[row["repair"]]))
+    return pd.DataFrame(ordered, columns=COLUMNS)
+
+
+def _write(out: str | os.PathLike[str], rows: list[dict[str, Any]], repairs: Sequence[str]) -> None:
+    table = _table(rows, repairs)
+    write_beside(out, lambda path: table.to_csv(path, index=False))
+
+
+def mean_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
+    """Return (mean, half-width of its two-sided Student t interval) of independent trials.
+
+    Args:
+        values: one number a trial.
+        confidence: of the interval, in (0, 1).
+
+    Returns:
+        The half-width is NaN for a single trial, which says nothing about its spread; both are NaN if a value is.
+
+    Source: Student, The probable error of a mean, Biometrika 6, 1908.
+    """
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return float(values.mean()) if len(values) else float("nan"), float("nan")
+    with np.errstate(invalid="ignore"):
+        error = values.std(ddof=1) / np.sqrt(len(values))
+        return float(values.mean()), float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * error)
+
+
+def aggregate(table: pd.DataFrame, values: Sequence[str] = ("loss", "accuracy")) -> pd.DataFrame:
+    """Return mean and 95% interval of a campaign's trials, one row a network, data set, storage, repair, probability.
+
+    For every name in `values` the result has NAME (mean), NAME_half (half-width of the 95% interval); besides,
+    trials, flips (mean number) and not_finite (trials whose loss is NaN or infinite). Means over finite losses
+    alone would hide the worst trials, so a loss that is not finite makes the mean so too; see not_finite.
+    """
+    keys = ["network", "dataset", "storage", "repair", "probability"]
+    rows = []
+    for key, group in table.groupby(keys, sort=False):
+        row = dict(zip(keys, key, strict=True))
+        row |= dict(trials=len(group), flips=group["flips"].mean())
+        row["not_finite"] = int((~np.isfinite(group["loss"])).sum())
+        for name in values:
+            row[name], row[f"{name}_half"] = mean_interval(group[name])
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,134 @@
+"""Networks on disk: safetensors with the facts in the header; the published checkpoints are read too."""
+
+import json
+import os
+import pickle
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import bnn_utils
+from bnn_utils.files import write_beside
+from bnn_utils.models import build
+
+FORMAT = "bnn_utils/1"
+# BinaryNet.pytorch normalizes CIFAR images with the ImageNet figures (its preprocess.py).
+_PUBLISHED_FACTS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "source": "BinaryNet.pytorch"}
+
+
+class CheckpointError(ValueError):
+    """A file does not hold a network that can be used; the message says which file and why."""
+
+
+def save(path: str | os.PathLike[str], model: nn.Module, **facts: Any) -> None:
+    """Write `model` and what is known of it to one safetensors file, whole or not at all.
+
+    The header gets `facts` and, by itself: network, config (the arguments that build it again), versions.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        model: a network of `bnn_utils.models`; its latent weights are kept.
+        facts: anything JSON can hold: data set, classes, mean and std of its normalization, epochs, accuracy, seed.
+
+    Raises:
+        TypeError: the network is not one of `bnn_utils.models`, or a fact is nothing that JSON can hold.
+    """
+    name, config = getattr(model, "name", None), getattr(model, "config", None)
+    if name is None or config is None:
+        raise TypeError(f"only networks of bnn_utils.models can be saved, got {type(model).__name__}")
+    versions = {"bnn_utils": bnn_utils.__version__, "torch": torch.__version__}
+    described = {"network": name, "config": config, **facts, "versions": versions}
+    header = {"format": FORMAT, "facts": json.dumps(described)}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    write_beside(path, partial(save_file, tensors, metadata=header))
+
+
+def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a network and its facts; loading runs no code from the file.
+
+    Reads what `save` wrote, and checkpoints of BinaryNet.pytorch (model_best.pth.tar), whose size is told from the
+    shapes of their tensors.
+
+    Returns:
+        (model in evaluation mode on the CPU, facts): facts hold at least network and config.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, of another format or network, or would run code.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such checkpoint file")
+    with file.open("rb") as stream:
+        start = stream.read(10)
+    if start[:2] == b"PK" or start[:1] == b"\x80":  # the two forms of torch.save
+        state, facts = _read_published(file)
+    else:
+        state, facts = _read_safetensors(file)
+    try:
+        model = build(facts["network"], **facts["config"])
+        model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file}: its tensors are not those of the network it names ({reason[:300]})") from None
+    return model.eval(), facts
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        if header.get("format") != FORMAT:
+            raise CheckpointError(f"{file}: was not written by bnn_utils (format {header.get('format')!r})")
+        return state, json.loads(header["facts"])
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: is broken or not a checkpoint ({error})") from None
+
+
+def _read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{file}: holds more than tensors, so loading it could run code; refused") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file}: is broken or not a checkpoint ({reason})") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{file}: holds no state_dict of a network")
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    facts = {**_recognize(file, state), **_PUBLISHED_FACTS}
+    if isinstance(content.get("epoch"), int):
+        facts["epochs"] = content["epoch"]
+    return state, facts
+
+
+def _recognize(file: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+    """Tell the network and its size from the shapes of its tensors."""
+    try:
+        if "features.0.weight" in state:
+            first, last = state["features.0.weight"], state["classifier.6.weight"]
+            side = (state["classifier.0.weight"].shape[1] / state["features.17.weight"].shape[0]) ** 0.5
+            config = dict(
+                num_classes=len(last), width=len(first) / 384, in_channels=first.shape[1], input_size=round(8 * side)
+            )
+            return {"network": "vgg_cifar10_binary", "config": config}
+        if "conv1.weight" in state:
+            first = state["conv1.weight"]
+            blocks = len({found[0] for key in state if (found := re.match(r"layer1\.\d+\.", key))})
+            config = dict(
+                num_classes=len(state["fc.weight"]),
+                depth=6 * blocks + 2,
+                width=len(first) / 80,
+                in_channels=first.shape[1],
+            )
+            return {"network": "resnet_binary", "config": config}
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file}: misses tensors of the network it seems to be ({error})") from None
+    raise CheckpointError(f"{file}: its tensors are neither the binarized VGG's nor the binarized ResNet's")

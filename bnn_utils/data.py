@@ -1,0 +1,312 @@
+"""Images as tensors: digits that ship with scikit-learn, torchvision's sets, or a folder of pictures."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn import functional
+
+PARTS = ("train", "validation", "test")
+SPLIT_SEED = 0  # the parts are the same for every run, whatever its own seed
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff"}
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message says which file or folder, and what to do."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images of one part of a data set, and how a network wants to see them.
+
+    Attributes:
+        pixels: uint8 (n, channels, height, width).
+        labels: int64 (n,).
+        mean, std: of the training part's pixels per channel, in 0..1.
+        dataset: the name that tables and figures give.
+        classes: class names, index by label.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dataset: str
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Return uint8 `pixels` (n, channels, height, width) as floats, (pixel / 255 - mean) / std per channel."""
+        mean = torch.tensor(self.mean, device=pixels.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(1, -1, 1, 1)
+        return (pixels.float() / 255 - mean) / std
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
+        """Return (network input, labels) of the images that a slice or an index tensor names."""
+        return self.normalized(self.pixels[index]), self.labels[index]
+
+    def to(self, device: torch.device | str) -> "Images":
+        """Return the same images on `device`."""
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
+    def limit(self, n: int | None) -> "Images":
+        """Return the first `n` images (all for None); the order is shuffled once when a part is loaded.
+
+        Raises:
+            ValueError: n < 1.
+        """
+        if n is None:
+            return self
+        if n < 1:
+            raise ValueError(f"limit must be at least 1, got {n}")
+        return replace(self, pixels=self.pixels[:n], labels=self.labels[:n])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The three parts of a data set, and the augmentation that suits it.
+
+    Attributes:
+        train, validation, test: Images; validation is a fixed stratified split of the training set.
+        padding: pixels of zero padding for random crops, 0 for none.
+        flip: whether a mirrored image is still of its class.
+    """
+
+    train: Images
+    validation: Images
+    test: Images
+    padding: int
+    flip: bool
+
+    @property
+    def name(self) -> str:
+        return self.test.dataset
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.test.classes
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """Return the same data set on `device`."""
+        return replace(self, **{part: getattr(self, part).to(device) for part in PARTS})
+
+
+def augment(pixels: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Return a random crop of the zero-padded images, half of them mirrored, as one batched operation.
+
+    Args:
+        pixels: uint8 (n, channels, height, width).
+        padding: pixels added on each side before cropping back to the same size.
+        flip: mirror each image left to right with probability 1/2.
+        generator: a CPU generator, so that a seed gives the same images on every device.
+
+    Returns:
+        uint8 tensor of the same shape and device.
+    """
+    n, _, height, width = pixels.shape
+    if padding:
+        top, left = torch.randint(0, 2 * padding + 1, (2, n), generator=generator).to(pixels.device)
+        rows = top[:, None] + torch.arange(height, device=pixels.device)
+        columns = left[:, None] + torch.arange(width, device=pixels.device)
+        padded = functional.pad(pixels, [padding] * 4)
+        image = torch.arange(n, device=pixels.device)[:, None, None]
+        pixels = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if flip:
+        mirrored = (torch.rand(n, generator=generator) < 0.5).to(pixels.device)
+        pixels = torch.where(mirrored.view(n, 1, 1, 1), pixels.flip(3), pixels)
+    return pixels.contiguous()
+
+
+@dataclass(frozen=True)
+class _Raw:
+    pixels: np.ndarray  # uint8 (n, channels, height, width)
+    labels: np.ndarray  # int64 (n,)
+
+
+def _assemble(
+    train: _Raw, test: _Raw, validation: int, dataset: str, classes: Sequence[str], padding: int, flip: bool
+) -> Dataset:
+    indices = np.arange(len(train.labels))
+    try:
+        kept, held_out = train_test_split(
+            indices, test_size=validation, stratify=train.labels, random_state=SPLIT_SEED
+        )
+    except ValueError as error:
+        raise DataError(f"{dataset}: cannot hold out {validation} training images for validation ({error})") from None
+    scaled = train.pixels[kept].reshape(len(kept), train.pixels.shape[1], -1) / np.float32(255)
+    mean = tuple(float(m) for m in scaled.mean((0, 2), dtype=np.float64))
+    std = tuple(max(float(s), 1e-3) for s in scaled.std((0, 2), dtype=np.float64))
+
+    def images(raw: _Raw, order: np.ndarray) -> Images:
+        pixels = torch.from_numpy(np.ascontiguousarray(raw.pixels[order]))
+        labels = torch.from_numpy(raw.labels[order].astype(np.int64))
+        return Images(pixels, labels, mean, std, dataset, tuple(classes))
+
+    shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(test.labels))
+    return Dataset(images(train, kept), images(train, held_out), images(test, shuffled), padding, flip)
+
+
+def digits() -> Dataset:
+    """Return scikit-learn's 1,797 handwritten digits, 8x8 grey pixels, ten classes: 1,077 / 360 / 360 images.
+
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = bunch.target.astype(np.int64)
+    rest, test = train_test_split(
+        np.arange(len(labels)), test_size=360, stratify=labels, random_state=SPLIT_SEED
+    )
+    classes = [str(name) for name in bunch.target_names]
+    return _assemble(
+        _Raw(pixels[rest], labels[rest]), _Raw(pixels[test], labels[test]), 360, "digits", classes, 0, False
+    )
+
+
+def _decode(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise DataError(f"{path}: not a picture that can be read ({error})") from None
+
+
+def _class_folders(folder: Path) -> list[str]:
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not classes:
+        raise DataError(f"{folder}: holds no class folders, expected {folder}/<class>/<pictures>")
+    return classes
+
+
+def _read_part(folder: Path, classes: Sequence[str]) -> tuple[_Raw, set[str]]:
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in _SUFFIXES)
+        if not found:
+            raise DataError(f"{folder / name}: holds no pictures ({', '.join(sorted(_SUFFIXES))})")
+        paths += found
+        labels += [label] * len(found)
+    with ThreadPoolExecutor() as pool:
+        pictures = list(pool.map(_decode, paths))
+    shape = pictures[0].shape
+    for path, picture in zip(paths, pictures, strict=True):
+        if picture.shape != shape:
+            seen, wanted = (f"{s[1]}x{s[0]}" for s in (picture.shape, shape))
+            raise DataError(f"{path}: is {seen} pixels, the others of its set {wanted}; make all of one size")
+    pixels = np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))
+    return _Raw(pixels, np.array(labels, np.int64)), {path.suffix.lower() for path in paths}
+
+
+def image_folder(path: str | os.PathLike[str], name: str | None = None) -> Dataset:
+    """Return any folder of pictures with train/<class>/ and test/<class>/ below it; a tenth is held out.
+
+    Args:
+        path: the folder; all pictures of one size, read as RGB.
+        name: what tables call it (the folder's name by default); the kind of file is added, as in
+            "CIFAR-10 (JPEG)".
+
+    Raises:
+        DataError: a folder is missing or empty, the classes of train and test differ, a file is not a picture.
+    """
+    root = Path(path)
+    for part in ("train", "test"):
+        if not (root / part).is_dir():
+            raise DataError(f"{root}: no folder {part}/ in it, expected train/<class>/ and test/<class>/ pictures")
+    classes = _class_folders(root / "train")
+    others = _class_folders(root / "test")
+    if classes != others:
+        differing = ", ".join(sorted(set(classes) ^ set(others)))
+        raise DataError(f"{root}: train/ and test/ hold different classes ({differing})")
+    train, suffixes = _read_part(root / "train", classes)
+    test, _ = _read_part(root / "test", classes)
+    if train.pixels.shape[1:] != test.pixels.shape[1:]:
+        raise DataError(f"{root}: the pictures of train/ and test/ differ in size")
+    kinds = "/".join(sorted({suffix[1:].upper().replace("JPG", "JPEG") for suffix in suffixes}))
+    label = f"{name or root.resolve().name} ({kinds})"
+    return _assemble(train, test, max(len(classes), len(train.labels) // 10), label, classes, 4, True)
+
+
+@dataclass(frozen=True)
+class _Published:
+    title: str
+    torchvision: str
+    padding: int
+    flip: bool
+
+
+_PUBLISHED = {
+    "cifar10": _Published("CIFAR-10", "CIFAR10", 4, True),
+    "cifar100": _Published("CIFAR-100", "CIFAR100", 4, True),
+    "mnist": _Published("MNIST", "MNIST", 2, False),
+    "fashion_mnist": _Published("Fashion-MNIST", "FashionMNIST", 2, True),
+}
+
+
+def _torchvision(published: _Published, path: Path, download: bool) -> Dataset:
+    import torchvision
+
+    make: Callable[..., Any] = getattr(torchvision.datasets, published.torchvision)
+    try:
+        train, test = make(path, train=True, download=download), make(path, train=False, download=download)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{published.title} is not in {path} and could not be downloaded ({reason}); "
+            f"put torchvision's files there, or folders train/<class>/ and test/<class>/ of pictures"
+        ) from None
+
+    def raw(part: Any) -> _Raw:
+        pixels = np.asarray(part.data)
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+        if pixels.shape[-1] == 28:  # the networks want a multiple of 8
+            pixels = np.pad(pixels, [(0, 0), (0, 0), (2, 2), (2, 2)])
+        return _Raw(np.ascontiguousarray(pixels), np.asarray(part.targets, np.int64))
+
+    validation = len(train) // 10
+    classes = list(train.classes)
+    return _assemble(raw(train), raw(test), validation, published.title, classes, published.padding, published.flip)
+
+
+DATASETS = ("digits", *_PUBLISHED, "images")
+
+
+def load(name: str, path: str | os.PathLike[str] | None = None, *, download: bool = True) -> Dataset:
+    """Return a data set by name, as tensors in memory, split into train, validation and test.
+
+    Args:
+        name: one of DATASETS; "images" is any folder of pictures, see `image_folder`.
+        path: where the data lies: torchvision's layout (downloaded if absent), or train/<class>/ and test/<class>/
+            pictures. Not needed for digits.
+        download: fetch what is absent.
+
+    Raises:
+        DataError: an unknown name, no path, or data that cannot be read or fetched.
+    """
+    if name not in DATASETS:
+        raise DataError(f"unknown dataset {name!r}, expected one of {', '.join(DATASETS)}")
+    if name == "digits":
+        return digits()
+    if path is None:
+        raise DataError(f"{name}: say where the pictures lie, or shall be downloaded to, with --data-path")
+    root = Path(path)
+    if name == "images":
+        return image_folder(root)
+    if root.exists() and not root.is_dir():
+        raise DataError(f"{root}: is not a folder")
+    if (root / "train").is_dir() or (root / "test").is_dir():
+        return image_folder(root, _PUBLISHED[name].title)
+    return _torchvision(_PUBLISHED[name], root, download)

@@ -1,0 +1,137 @@
+"""Binarization and the two layers built on it: the whole idea of a binarized network, in one file."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class _Sign(torch.autograd.Function):
+    """sign(x) forward; backward, the gradient passes where |x| <= 1 (straight-through)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return (x >= 0).to(x.dtype) * 2 - 1
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (x.abs() <= 1)
+
+
+def binarize(x: Tensor, stochastic: bool = False) -> Tensor:
+    """Return +1 or -1 for every element of `x`, with a straight-through gradient.
+
+    Deterministic: +1 where x >= 0, else -1; never 0, and NaN reads as -1.
+    Stochastic: +1 with probability clip((x + 1) / 2, 0, 1), the "hard sigmoid" of x, drawn from torch's
+    global generator; NaN again reads as -1.
+    Backward, both pass the gradient where |x| <= 1 and stop it elsewhere.
+
+    Args:
+        x: floating-point tensor of any shape.
+        stochastic: draw instead of taking the sign.
+
+    Returns:
+        Tensor of the shape, dtype and device of `x`, holding only +1 and -1.
+
+    Raises:
+        TypeError: `x` is not floating point.
+
+    Source: Hubara et al., Binarized Neural Networks, NeurIPS 2016, section 1.1 and equation 4.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"binarize: x must be floating point, got {x.dtype}")
+    sign = _Sign.apply(x)
+    if not stochastic:
+        return sign
+    drawn = (torch.rand_like(x) < (x + 1) / 2).to(x.dtype) * 2 - 1
+    return sign + (drawn - sign).detach()  # the value drawn, the gradient of the sign
+
+
+class BinarizeLinear(nn.Linear):
+    """A linear layer that multiplies by binarized weights: y = sign(x) sign(W)^T + b.
+
+    `weight` holds the real-valued ("latent") weights that training moves; the bias stays real-valued.
+
+    Args:
+        in_features, out_features, bias: as in `torch.nn.Linear`.
+        binarize_input: False leaves x as it is (a first layer, whose input is data).
+
+    Shapes: x (..., in_features) -> (..., out_features), in the dtype of x.
+    Source: Hubara et al., 2016, algorithm 1.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, binarize_input: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.binarize_input = binarize_input
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = binarize(x) if self.binarize_input else x
+        return functional.linear(x, binarize(self.weight), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, binarize_input={self.binarize_input}"
+
+
+class BinarizeConv2d(nn.Conv2d):
+    """A 2-d convolution with binarized weights; zero padding, so a tap outside the image contributes nothing.
+
+    `weight` holds the latent weights, shape (out_channels, in_channels, kernel, kernel); the bias stays real-valued.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, bias: as in `torch.nn.Conv2d`.
+        binarize_input: False leaves x as it is (a first layer, whose input is an image).
+
+    Shapes: x (batch, in_channels, height, width) -> (batch, out_channels, height', width').
+    Source: Hubara et al., 2016, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+        *,
+        binarize_input: bool = True,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self.binarize_input = binarize_input
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = binarize(x) if self.binarize_input else x
+        return self._conv_forward(x, binarize(self.weight), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, binarize_input={self.binarize_input}"
+
+
+BINARIZED = (BinarizeLinear, BinarizeConv2d)
+
+
+def binarized_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the latent weights of every binarized layer of `model`, by their state_dict names, in order."""
+    return {
+        f"{name}.weight" if name else "weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, BINARIZED)
+    }
+
+
+@torch.no_grad()
+def clamp_latent_weights(model: nn.Module) -> None:
+    """Clamp the latent weights to [-1, 1] in place, as training does after each optimizer step.
+
+    Outside [-1, 1] the straight-through gradient is zero, so a weight that left could never come back.
+    """
+    for weight in binarized_weights(model).values():
+        weight.clamp_(-1, 1)

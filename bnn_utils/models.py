@@ -1,0 +1,280 @@
+"""The two published networks, at any width, and a table of what their layers cost."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear
+
+
+def _channels(published: int, width: float) -> int:
+    return max(1, round(published * width))
+
+
+def _check_sizes(num_classes: int, width: float, in_channels: int, input_size: int, divisor: int) -> None:
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if not 0 < width <= 4:
+        raise ValueError(f"width must lie in (0, 4], got {width}")
+    if in_channels < 1:
+        raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+    if input_size < divisor or input_size % divisor:
+        raise ValueError(f"input_size must be a positive multiple of {divisor}, got {input_size}")
+
+
+class BinarizedVGG(nn.Module):
+    """Six binarized 3x3 convolutions and three binarized linear layers; see `vgg_cifar10_binary`."""
+
+    name = "vgg_cifar10_binary"
+
+    def __init__(self, num_classes: int, width: float, in_channels: int, input_size: int):
+        super().__init__()
+        _check_sizes(num_classes, width, in_channels, input_size, divisor=8)
+        self.config = dict(num_classes=num_classes, width=width, in_channels=in_channels, input_size=input_size)
+        channels = [_channels(c, width) for c in (384, 384, 768, 768, 1536, 512)]
+        hidden = _channels(1024, width)
+
+        features: list[nn.Module] = []
+        before = in_channels
+        for index, after in enumerate(channels):
+            features.append(BinarizeConv2d(before, after, 3, padding=1, binarize_input=index > 0))
+            if index % 2:
+                features.append(nn.MaxPool2d(2))
+            features += [nn.BatchNorm2d(after), nn.Hardtanh()]
+            before = after
+        self.features = nn.Sequential(*features)
+        self.classifier = nn.Sequential(
+            BinarizeLinear(before * (input_size // 8) ** 2, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.Hardtanh(),
+            BinarizeLinear(hidden, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.Hardtanh(),
+            BinarizeLinear(hidden, num_classes),
+            nn.BatchNorm1d(num_classes, affine=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+def vgg_cifar10_binary(
+    num_classes: int = 10, width: float = 1.0, in_channels: int = 3, input_size: int = 32
+) -> BinarizedVGG:
+    """Return the binarized VGG of BinaryNet, untrained.
+
+    At width 1.0: convolutions 384, 384 + pool, 768, 768 + pool, 1536, 512 + pool (pooling before BatchNorm), then
+    linear layers 1024, 1024, num_classes; BatchNorm and Hardtanh after each, the last BatchNorm without scale and
+    shift and not followed by Hardtanh. Parameter names are those of itayhubara/BinaryNet.pytorch; that network ends
+    in a log-softmax, which this one leaves to the loss.
+
+    Args:
+        num_classes: outputs, at least 2.
+        width: factor on every channel and hidden count, in (0, 4].
+        in_channels: of the image, which is not binarized.
+        input_size: height and width of the image in pixels, a multiple of 8.
+
+    Returns:
+        A module from images (batch, in_channels, input_size, input_size) to logits (batch, num_classes).
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Hubara et al., Binarized Neural Networks, NeurIPS 2016; the layer list of BinaryNet.pytorch.
+    """
+    return BinarizedVGG(num_classes, width, in_channels, input_size)
+
+
+class BasicBlock(nn.Module):
+    """Two binarized 3x3 convolutions and a shortcut, added before the second BatchNorm and Hardtanh.
+
+    The shortcut carries real values: the block's input, or its binarized 1x1 convolution with BatchNorm where the
+    shape changes. `last` leaves out the second BatchNorm and Hardtanh; `shortcut=False` leaves out the shortcut.
+    """
+
+    def __init__(self, before: int, after: int, stride: int = 1, *, last: bool = False, shortcut: bool = True):
+        super().__init__()
+        self.conv1 = BinarizeConv2d(before, after, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.tanh1 = nn.Hardtanh()
+        self.conv2 = BinarizeConv2d(after, after, 3, padding=1, bias=False)
+        self.bn2 = None if last else nn.BatchNorm2d(after)
+        self.tanh2 = None if last else nn.Hardtanh()
+        self.downsample: nn.Module | None = None
+        if shortcut and (stride != 1 or before != after):
+            self.downsample = nn.Sequential(
+                BinarizeConv2d(before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after)
+            )
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(self.tanh1(self.bn1(self.conv1(x))))
+        if self.shortcut:
+            out = out + (x if self.downsample is None else self.downsample(x))
+        return out if self.bn2 is None or self.tanh2 is None else self.tanh2(self.bn2(out))
+
+
+class BinarizedResNet(nn.Module):
+    """A binarized ResNet of basic blocks for small images; see `resnet_binary`."""
+
+    name = "resnet_binary"
+
+    def __init__(
+        self, num_classes: int, depth: int, width: float, in_channels: int, input_size: int, shortcut: bool
+    ):
+        super().__init__()
+        _check_sizes(num_classes, width, in_channels, input_size, divisor=4)
+        if depth < 8:
+            raise ValueError(f"depth must be at least 8, got {depth}")
+        self.config = dict(
+            num_classes=num_classes,
+            depth=depth,
+            width=width,
+            in_channels=in_channels,
+            input_size=input_size,
+            shortcut=shortcut,
+        )
+        blocks = (depth - 2) // 6
+        channels = [_channels(c, width) for c in (80, 160, 320)]
+        self.conv1 = BinarizeConv2d(in_channels, channels[0], 3, padding=1, bias=False, binarize_input=False)
+        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.tanh1 = nn.Hardtanh()
+        before = channels[0]
+        for stage, after in enumerate(channels, start=1):
+            layer = nn.Sequential()
+            for block in range(blocks):
+                stride = 2 if stage > 1 and block == 0 else 1
+                last = stage == 3 and block == blocks - 1
+                layer.append(BasicBlock(before, after, stride, last=last, shortcut=shortcut))
+                before = after
+            setattr(self, f"layer{stage}", layer)
+        self.bn2 = nn.BatchNorm1d(before)
+        self.tanh2 = nn.Hardtanh()
+        self.fc = BinarizeLinear(before, num_classes)
+        self.bn3 = nn.BatchNorm1d(num_classes)
+
+        for module in self.modules():
+            if isinstance(module, BinarizeConv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.register_load_state_dict_pre_hook(self._drop_unused)
+
+    @staticmethod
+    def _drop_unused(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        # The published network declares a BatchNorm in its last block and never calls it.
+        last = f"{prefix}layer3.{len(model.get_submodule('layer3')) - 1}.bn2."  # type: ignore[arg-type]
+        for key in [key for key in state if key.startswith(last)]:
+            del state[key]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tanh1(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        x = self.tanh2(self.bn2(x.mean((2, 3))))
+        return self.bn3(self.fc(x))
+
+
+def resnet_binary(
+    num_classes: int = 10,
+    depth: int = 18,
+    width: float = 1.0,
+    in_channels: int = 3,
+    input_size: int = 32,
+    shortcut: bool = True,
+) -> BinarizedResNet:
+    """Return the binarized ResNet of BinaryNet for small images, untrained.
+
+    At width 1.0: a convolution to 80 channels, three stages of (depth - 2) // 6 basic blocks with 80, 160 and 320
+    channels, average pooling, BatchNorm, Hardtanh, a binarized linear layer and a last BatchNorm. The last block ends
+    without BatchNorm and Hardtanh. Parameter names are those of itayhubara/BinaryNet.pytorch, whose network also
+    declares, and never uses, a BatchNorm in that block: such keys are dropped on loading.
+
+    Args:
+        num_classes: outputs, at least 2.
+        depth: at least 8; 18 gives two blocks a stage.
+        width: factor on every channel count, in (0, 4].
+        in_channels: of the image, which is not binarized.
+        input_size: height and width of the image in pixels, a multiple of 4.
+        shortcut: False leaves out every shortcut, to see what they carry.
+
+    Returns:
+        A module from images (batch, in_channels, input_size, input_size) to logits (batch, num_classes).
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: He et al., Deep Residual Learning, CVPR 2016, section 4.2; the layer list of BinaryNet.pytorch.
+    """
+    return BinarizedResNet(num_classes, depth, width, in_channels, input_size, shortcut)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "vgg_cifar10_binary": vgg_cifar10_binary,
+    "resnet_binary": resnet_binary,
+}
+
+
+def build(name: str, **config: Any) -> nn.Module:
+    """Return the network called `name` in MODELS, built with `config`.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(MODELS)}")
+    return MODELS[name](**config)
+
+
+def summary(model: nn.Module) -> pd.DataFrame:
+    """Return what each layer of a network holds and does, one row a layer, in the order of the forward pass.
+
+    Columns: layer, type, output (channels x height x width), binary_weights, floats (biases, BatchNorm scale and
+    shift), statistics (BatchNorm running mean and variance), float32_bytes (every number a 32-bit float),
+    packed_bytes (1 bit a binarized weight, the rest 32-bit floats), macs (multiply-accumulates for one image).
+
+    Args:
+        model: a network of this module.
+    """
+    rows: list[dict[str, Any]] = []
+
+    def record(name: str, module: nn.Module) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            binary = module.weight.numel() if isinstance(module, BINARIZED) else 0
+            parameters = sum(p.numel() for p in module.parameters())
+            statistics = sum(b.numel() for b in module.buffers() if b.is_floating_point())
+            floats = parameters - binary
+            rows.append(
+                dict(
+                    layer=name,
+                    type=type(module).__name__,
+                    output="x".join(str(n) for n in output.shape[1:]),
+                    binary_weights=binary,
+                    floats=floats,
+                    statistics=statistics,
+                    float32_bytes=4 * (parameters + statistics),
+                    packed_bytes=-(-binary // 8) + 4 * (floats + statistics),
+                    macs=binary * output[0, 0].numel(),
+                )
+            )
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
+    hooks = [
+        module.register_forward_hook(record(name, module))
+        for name, module in leaves
+        if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+    ]
+    config: dict[str, Any] = model.config  # type: ignore[assignment]
+    first = next(model.parameters())
+    image = torch.zeros(1, config["in_channels"], config["input_size"], config["input_size"], device=first.device)
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(image)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return pd.DataFrame(rows)

@@ -1,0 +1,261 @@
+"""The published recipe: train a binarized network, watch its signs, keep the best epoch; and evaluate."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from bnn_utils.data import Dataset, Images, augment
+from bnn_utils.files import write_beside
+from bnn_utils.layers import binarized_weights, clamp_latent_weights
+
+FINAL_LR = 1e-5  # where the cosine schedule ends
+OPTIMIZERS = ("adam", "sgd")
+PRECISIONS = ("float32", "bfloat16")
+STATE_FILE, HISTORY_FILE = "last.pt", "history.csv"
+
+
+class Evaluation(NamedTuple):
+    """Mean cross-entropy in nats, and the share of images whose highest logit is their class (0..1)."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; the defaults are the published recipe.
+
+    Attributes:
+        epochs: passes over the training part.
+        batch_size: images a step; a last incomplete batch is left out.
+        lr: learning rate of the first step, which a cosine takes down to 1e-5 (or to lr, if that is less).
+        weight_decay: L2 penalty on every parameter, added to its gradient as torch's Adam and SGD do.
+        optimizer: "adam", or "sgd" with momentum 0.9.
+        precision: of the arithmetic in training, "float32" or "bfloat16" (weights stay float32).
+        seed: of the order of images, their crops and flips.
+    """
+
+    epochs: int = 100
+    batch_size: int = 256
+    lr: float = 5e-3
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2, since BatchNorm compares images, got {self.batch_size}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be a positive number, got {self.lr}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be zero or a positive number, got {self.weight_decay}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Images, batch_size: int = 500) -> Tensor:
+    """Return the logits (n, classes) of `model` in evaluation mode; model and images lie on one device."""
+    training = model.training
+    model.eval()
+    try:
+        inputs = (images[start : start + batch_size][0] for start in range(0, len(images), batch_size))
+        return torch.cat([model(x.contiguous(memory_format=torch.channels_last)) for x in inputs])
+    finally:
+        model.train(training)
+
+
+def evaluate(model: nn.Module, images: Images, batch_size: int = 500) -> Evaluation:
+    """Return the loss and the accuracy of `model` on `images`, both on one device.
+
+    A damaged network may put out NaN. The predicted class is torch's argmax, to which NaN is the highest logit (as
+    in the published experiment); the loss becomes NaN or infinite, and is returned as that.
+    """
+    logits = predict(model, images, batch_size).double()
+    loss = functional.cross_entropy(logits, images.labels).item()
+    return Evaluation(loss, (logits.argmax(1) == images.labels).double().mean().item())
+
+
+def _signs(model: nn.Module) -> list[Tensor]:
+    return [weight.detach() >= 0 for weight in binarized_weights(model).values()]
+
+
+def _flipped_share(before: list[Tensor], after: list[Tensor]) -> float:
+    weights = sum(signs.numel() for signs in after)
+    flipped = sum((old != new).sum() for old, new in zip(before, after, strict=True))
+    return float(flipped) / weights if weights else 0.0
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(model.parameters(), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
+
+
+def _learning_rate(recipe: Recipe, progress: float) -> float:
+    """Return the learning rate at `progress` (0..1) through training: half a cosine from lr to FINAL_LR."""
+    final = min(FINAL_LR, recipe.lr)
+    return final + (recipe.lr - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _train_epoch(
+    model: nn.Module, data: Dataset, recipe: Recipe, epoch: int, optimizer: torch.optim.Optimizer
+) -> Evaluation:
+    train = data.train
+    device = train.labels.device
+    # All randomness of an epoch follows from the seed and its number, so a resumed run sees the same images.
+    (seed,) = np.random.SeedSequence([recipe.seed, epoch]).generate_state(1, np.uint32)
+    generator = torch.Generator().manual_seed(int(seed))
+    order = torch.randperm(len(train), generator=generator).to(device)
+    size = min(recipe.batch_size, len(train))
+    steps = len(train) // size
+    loss_sum = torch.zeros((), device=device)
+    right = torch.zeros((), device=device, dtype=torch.int64)
+    model.train()
+    for step in tqdm(range(steps), desc=f"epoch {epoch + 1}/{recipe.epochs}", unit="batch", leave=False):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(recipe, (epoch + step / steps) / recipe.epochs)
+        chosen = order[step * size : (step + 1) * size]
+        pixels = augment(train.pixels[chosen], data.padding, data.flip, generator)
+        labels = train.labels[chosen]
+        x = train.normalized(pixels).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            logits = model(x)
+        loss = functional.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        clamp_latent_weights(model)
+        loss_sum += loss.detach()
+        right += (logits.argmax(1) == labels).sum()
+    return Evaluation(loss_sum.item() / steps, right.item() / (steps * size))
+
+
+def _identity(model: nn.Module, data: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """Return what must agree before a run may go on from a state file."""
+    network = {"network": getattr(model, "name", type(model).__name__), **getattr(model, "config", {})}
+    return {**network, "dataset": data.name, "train_images": len(data.train), **asdict(recipe)}
+
+
+def _resume(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["identity"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file, so there is nothing to resume") from None
+    except Exception as error:  # torch raises many kinds for a file that is cut short or of another format
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not the state of a training run ({reason})") from None
+    differing = [
+        f"{key} {before.get(key)!r} there, {identity.get(key)!r} here"
+        for key in {**before, **identity}
+        if before.get(key) != identity.get(key)
+    ]
+    if differing:
+        raise ValueError(f"{path}: is of another run: {'; '.join(differing)}")
+    return state
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    on_best: Callable[[nn.Module, dict[str, Any]], None] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> pd.DataFrame:
+    """Train `model` in place and leave it, in evaluation mode, as it was after its best epoch.
+
+    The best epoch has the highest accuracy on the validation part (the lower loss where two are equal); test images
+    choose nothing. After every step the latent weights are clamped to [-1, 1].
+
+    Args:
+        model: a binarized network, on the device of `data`.
+        data: its three parts.
+        recipe: see Recipe; None is the published one.
+        folder: where to keep last.pt (to resume from) and history.csv after every epoch; None keeps nothing.
+        resume: go on from the last finished epoch in `folder`. On the CPU, with the same number of threads, the
+            result is that of an uninterrupted run.
+        on_best: called with (model, history row) after every epoch that is the best so far.
+        on_epoch: called with the history row after every epoch.
+
+    Returns:
+        The history, one row an epoch: epoch (from 1), lr (at its end), train_loss, train_accuracy (both while
+        training), validation_loss, validation_accuracy, sign_flips (share of the binarized weights whose sign at
+        the end of the epoch is not that at its beginning), seconds.
+
+    Raises:
+        ValueError: `folder` holds no run that this one could resume.
+
+    Source: Hubara et al., 2016, algorithm 1; Adam at 5e-3, no weight decay and batch 256 are the published recipe.
+    """
+    recipe = recipe or Recipe()
+    identity = _identity(model, data, recipe)
+    optimizer = _optimizer(model, recipe)
+    rows: list[dict[str, Any]] = []
+    best: dict[str, Any] = {}
+    if resume:
+        if folder is None:
+            raise ValueError("resume needs the folder of the run")
+        state = _resume(Path(folder) / STATE_FILE, identity)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        rows, best = state["rows"], state["best"]
+    elif folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+    for epoch in range(len(rows), recipe.epochs):
+        started = time.perf_counter()
+        signs = _signs(model)
+        trained = _train_epoch(model, data, recipe, epoch, optimizer)
+        flipped = _flipped_share(signs, _signs(model))
+        validated = evaluate(model, data.validation)
+        row = dict(
+            epoch=epoch + 1,
+            lr=_learning_rate(recipe, (epoch + 1) / recipe.epochs),
+            train_loss=trained.loss,
+            train_accuracy=trained.accuracy,
+            validation_loss=validated.loss,
+            validation_accuracy=validated.accuracy,
+            sign_flips=flipped,
+            seconds=time.perf_counter() - started,
+        )
+        rows.append(row)
+        score = (validated.accuracy, -validated.loss)
+        improved = not best or score > tuple(best["score"])
+        if improved:
+            best = dict(score=score, state={key: value.clone() for key, value in model.state_dict().items()})
+            if on_best is not None:
+                on_best(model, row)
+        if folder is not None:
+            state = dict(identity=identity, rows=rows, best=best)
+            state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+            write_beside(Path(folder) / STATE_FILE, partial(torch.save, state))
+            write_beside(Path(folder) / HISTORY_FILE, partial(pd.DataFrame(rows).to_csv, index=False))
+        if on_epoch is not None:
+            on_epoch(row)
+
+    model.load_state_dict(best["state"])
+    model.eval()
+    return pd.DataFrame(rows)

@@ -1,0 +1,164 @@
+"""What a notebook's first cell needs: profile, seed, style, paths, and `save_figure`."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from bnn_utils import data
+from bnn_utils.files import write_beside
+from bnn_utils.models import build
+from bnn_utils.training import Recipe, train
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How large the course's experiments are.
+
+    Attributes:
+        dataset: a name of `bnn_utils.data.DATASETS`.
+        vgg_width, resnet_width: of the networks of notebooks 02, 03 and 05.
+        recipe: how those are trained.
+        ablation_width, ablation_recipe: of the many small networks of notebook 04.
+        ablation_seeds: networks trained at each of its settings.
+        trials: draws of errors at each probability.
+    """
+
+    dataset: str
+    vgg_width: float
+    resnet_width: float
+    recipe: Recipe
+    ablation_width: float
+    ablation_recipe: Recipe
+    ablation_seeds: int
+    trials: int
+
+
+PROFILES = {
+    "quick": Profile(
+        dataset="digits",
+        vgg_width=0.125,
+        resnet_width=0.25,
+        recipe=Recipe(epochs=30, batch_size=64),
+        ablation_width=0.0625,
+        ablation_recipe=Recipe(epochs=15, batch_size=64),
+        ablation_seeds=3,
+        trials=30,
+    ),
+    "full": Profile(
+        dataset="cifar10",
+        vgg_width=1.0,
+        resnet_width=1.0,
+        recipe=Recipe(),
+        ablation_width=0.25,
+        ablation_recipe=Recipe(epochs=30),
+        ablation_seeds=3,
+        trials=100,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every notebook works with; made by `start`.
+
+    Attributes:
+        profile: the profile's name, its sizes are in `sizes`.
+        sizes: Profile.
+        seed: of everything random in the notebook.
+        device: where networks and images lie.
+        figures: folder that `save_figure` writes to.
+        data_path: where data sets that do not ship with the course are, or are downloaded to.
+    """
+
+    profile: str
+    sizes: Profile
+    seed: int
+    device: torch.device
+    figures: Path
+    data_path: Path
+
+    def dataset(self) -> data.Dataset:
+        """Return the profile's images, on the device."""
+        return data.load(self.sizes.dataset, self.data_path).to(self.device)
+
+    def network(self, name: str, dataset: data.Dataset, width: float | None = None, **config: object) -> nn.Module:
+        """Return an untrained network of the profile's size for `dataset`, initialized from the seed.
+
+        Args:
+            name: in `bnn_utils.models.MODELS`.
+            dataset: its images give the input's size and the classes.
+            width: instead of the profile's.
+            config: further arguments of the network.
+        """
+        widths = {"vgg_cifar10_binary": self.sizes.vgg_width, "resnet_binary": self.sizes.resnet_width}
+        _, in_channels, _, input_size = dataset.train.pixels.shape
+        torch.manual_seed(self.seed)
+        model = build(
+            name,
+            num_classes=len(dataset.classes),
+            width=widths[name] if width is None else width,
+            in_channels=in_channels,
+            input_size=input_size,
+            **config,
+        )
+        return model.to(self.device)
+
+    def trained(self, name: str, dataset: data.Dataset) -> nn.Module:
+        """Return the network of notebook 02 or 03, trained as there."""
+        model = self.network(name, dataset)
+        train(model, dataset, self.sizes.recipe)
+        return model
+
+
+def start() -> Settings:
+    """Read the profile from BNN_PROFILE (default quick), set the style and the seed, and say what was chosen.
+
+    BNN_FIGURES names another folder than figures/ for figures, BNN_DATA another than data/ for data sets.
+
+    Raises:
+        ValueError: there is no such profile.
+    """
+    profile = os.environ.get("BNN_PROFILE", "quick")
+    if profile not in PROFILES:
+        raise ValueError(f"BNN_PROFILE is {profile!r}, expected one of {', '.join(PROFILES)}")
+    plt.style.use(Path(__file__).with_name("tutorial.mplstyle"))
+    seed = 0
+    torch.manual_seed(seed)
+    root = Path(__file__).resolve().parents[1]
+    base = root if (root / "pyproject.toml").is_file() else Path.cwd()  # installed without the repository around it
+    figures = Path(os.environ.get("BNN_FIGURES", base / "figures")) / profile
+    data_path = Path(os.environ.get("BNN_DATA", base / "data"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"profile {profile}, seed {seed}, torch {torch.__version__.split('+')[0]}, device {device}")
+    return Settings(profile, PROFILES[profile], seed, device, figures, data_path)
+
+
+def save_figure(settings: Settings, name: str, figure: Figure, table: pd.DataFrame) -> None:
+    """Write a figure as PNG and SVG, and the table that it was drawn from as CSV, under one name.
+
+    Args:
+        settings: say the folder.
+        name: two digits of the notebook, then words joined by hyphens: "05-accuracy-vs-probability".
+        figure: what was drawn.
+        table: what it was drawn from, not empty.
+
+    Raises:
+        ValueError: the name has another form, or the table is empty.
+    """
+    if not re.fullmatch(r"\d\d(-[a-z0-9]+)+", name):
+        raise ValueError(f"figure name {name!r} is not two digits and words joined by hyphens")
+    if table.empty:
+        raise ValueError(f"figure {name}: its table is empty")
+    settings.figures.mkdir(parents=True, exist_ok=True)
+    metadata = {"png": {"Software": None}, "svg": {"Date": None}}
+    for kind in ("png", "svg"):
+        target = settings.figures / f"{name}.{kind}"
+        write_beside(target, lambda path, kind=kind: figure.savefig(path, format=kind, metadata=metadata[kind]))
+    write_beside(settings.figures / f"{name}.csv", lambda path: table.to_csv(path, index=False))
