@@ -143,7 +143,10 @@ def _train(arguments: argparse.Namespace) -> None:
         facts.update(epoch=row["epoch"], validation_accuracy=row["validation_accuracy"])
         checkpoints.save(folder / BEST_FILE, network, **facts)
 
-    print(f"training {arguments.model} at width {arguments.width:g} on {dataset.name}, into {folder}", flush=True)
+    print(
+        f"training {arguments.model} at width {arguments.width:g} on {dataset.name}, into {folder}",
+        flush=True,
+    )
     history = train(
         model, dataset.to(device), recipe, folder=folder, resume=resume, on_best=keep, on_epoch=_print_epoch
     )

@@ -19,7 +19,11 @@ from bnn_utils.models import build
 
 FORMAT = "bnn_utils/1"
 # BinaryNet.pytorch normalizes CIFAR images with the ImageNet figures (its preprocess.py).
-_PUBLISHED_FACTS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "source": "BinaryNet.pytorch"}
+_PUBLISHED_FACTS = {
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "source": "BinaryNet.pytorch",
+}
 
 
 class CheckpointError(ValueError):
@@ -116,7 +120,10 @@ def _recognize(file: Path, state: dict[str, Tensor]) -> dict[str, Any]:
             first, last = state["features.0.weight"], state["classifier.6.weight"]
             side = (state["classifier.0.weight"].shape[1] / state["features.17.weight"].shape[0]) ** 0.5
             config = dict(
-                num_classes=len(last), width=len(first) / 384, in_channels=first.shape[1], input_size=round(8 * side)
+                num_classes=len(last),
+                width=len(first) / 384,
+                in_channels=first.shape[1],
+                input_size=round(8 * side),
             )
             return {"network": "vgg_cifar10_binary", "config": config}
         if "conv1.weight" in state:

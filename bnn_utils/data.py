@@ -137,9 +137,7 @@ def _assemble(
 ) -> Dataset:
     indices = np.arange(len(train.labels))
     try:
-        kept, held_out = train_test_split(
-            indices, test_size=validation, stratify=train.labels, random_state=SPLIT_SEED
-        )
+        kept, held_out = train_test_split(indices, test_size=validation, stratify=train.labels, random_state=SPLIT_SEED)
     except ValueError as error:
         raise DataError(f"{dataset}: cannot hold out {validation} training images for validation ({error})") from None
     scaled = train.pixels[kept].reshape(len(kept), train.pixels.shape[1], -1) / np.float32(255)
@@ -165,9 +163,7 @@ def digits() -> Dataset:
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = bunch.target.astype(np.int64)
-    rest, test = train_test_split(
-        np.arange(len(labels)), test_size=360, stratify=labels, random_state=SPLIT_SEED
-    )
+    rest, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=SPLIT_SEED)
     classes = [str(name) for name in bunch.target_names]
     return _assemble(
         _Raw(pixels[rest], labels[rest]), _Raw(pixels[test], labels[test]), 360, "digits", classes, 0, False

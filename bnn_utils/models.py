@@ -122,9 +122,7 @@ class BinarizedResNet(nn.Module):
 
     name = "resnet_binary"
 
-    def __init__(
-        self, num_classes: int, depth: int, width: float, in_channels: int, input_size: int, shortcut: bool
-    ):
+    def __init__(self, num_classes: int, depth: int, width: float, in_channels: int, input_size: int, shortcut: bool):
         super().__init__()
         _check_sizes(num_classes, width, in_channels, input_size, divisor=4)
         if depth < 8:

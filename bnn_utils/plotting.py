@@ -118,7 +118,11 @@ def damage_curves(table: pd.DataFrame, value: str = "accuracy", clean: pd.DataFr
         if clean is not None:
             level = clean.loc[clean["network"] == network, value].item()
             axis.axhline(100 * level if value == "accuracy" else level, color="0.4", ls=":", lw=1.2, label="undamaged")
-        axis.set(xscale="log", xlabel="bit error probability $p$", title=f"{label(network)}, {own['dataset'].iloc[0]}")
+        axis.set(
+            xscale="log",
+            xlabel="bit error probability $p$",
+            title=f"{label(network)}, {own['dataset'].iloc[0]}",
+        )
     if value == "accuracy":
         axes[0, 0].set(ylabel="accuracy (%)", ylim=(0, 100))
     else:
@@ -135,7 +139,11 @@ def _damage_line(axis: Axes, table: pd.DataFrame, value: str, repair: str) -> No
     axis.plot(finite["probability"] * 10**spread, scale * finite[value], ".", color=drawn, alpha=0.2, ms=4, mew=0)
     if value == "accuracy":
         means = aggregate(table)
-        middle, low, high = means[value], means[value] - means[f"{value}_half"], means[value] + means[f"{value}_half"]
+        middle, low, high = (
+            means[value],
+            means[value] - means[f"{value}_half"],
+            means[value] + means[f"{value}_half"],
+        )
         p = means["probability"]
     else:
         quartiles = table.groupby("probability")[value].quantile([0.25, 0.5, 0.75]).unstack()

@@ -107,7 +107,7 @@ def _flipped_share(before: list[Tensor], after: list[Tensor]) -> float:
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+        return torch.optim.Adam(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.SGD(model.parameters(), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
 
 

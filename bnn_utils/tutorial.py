@@ -45,7 +45,7 @@ PROFILES = {
         dataset="digits",
         vgg_width=0.125,
         resnet_width=0.25,
-        recipe=Recipe(epochs=30, batch_size=64),
+        recipe=Recipe(epochs=20, batch_size=64),
         ablation_width=0.0625,
         ablation_recipe=Recipe(epochs=15, batch_size=64),
         ablation_seeds=3,
@@ -116,6 +116,28 @@ class Settings:
         train(model, dataset, self.sizes.recipe)
         return model
 
+    def save_figure(self, name: str, figure: Figure, table: pd.DataFrame) -> None:
+        """Write a figure as PNG and SVG, and the table that it was drawn from as CSV, under one name.
+
+        Args:
+            name: two digits of the notebook, then words joined by hyphens: "05-accuracy-vs-probability".
+            figure: what was drawn.
+            table: what it was drawn from, not empty.
+
+        Raises:
+            ValueError: the name has another form, or the table is empty.
+        """
+        if not re.fullmatch(r"\d\d(-[a-z0-9]+)+", name):
+            raise ValueError(f"figure name {name!r} is not two digits and words joined by hyphens")
+        if table.empty:
+            raise ValueError(f"figure {name}: its table is empty")
+        self.figures.mkdir(parents=True, exist_ok=True)
+        metadata = {"png": {"Software": None}, "svg": {"Date": None}}
+        for kind in ("png", "svg"):
+            target = self.figures / f"{name}.{kind}"
+            write_beside(target, lambda path, kind=kind: figure.savefig(path, format=kind, metadata=metadata[kind]))
+        write_beside(self.figures / f"{name}.csv", lambda path: table.to_csv(path, index=False))
+
 
 def start() -> Settings:
     """Read the profile from BNN_PROFILE (default quick), set the style and the seed, and say what was chosen.
@@ -138,27 +160,3 @@ def start() -> Settings:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"profile {profile}, seed {seed}, torch {torch.__version__.split('+')[0]}, device {device}")
     return Settings(profile, PROFILES[profile], seed, device, figures, data_path)
-
-
-def save_figure(settings: Settings, name: str, figure: Figure, table: pd.DataFrame) -> None:
-    """Write a figure as PNG and SVG, and the table that it was drawn from as CSV, under one name.
-
-    Args:
-        settings: say the folder.
-        name: two digits of the notebook, then words joined by hyphens: "05-accuracy-vs-probability".
-        figure: what was drawn.
-        table: what it was drawn from, not empty.
-
-    Raises:
-        ValueError: the name has another form, or the table is empty.
-    """
-    if not re.fullmatch(r"\d\d(-[a-z0-9]+)+", name):
-        raise ValueError(f"figure name {name!r} is not two digits and words joined by hyphens")
-    if table.empty:
-        raise ValueError(f"figure {name}: its table is empty")
-    settings.figures.mkdir(parents=True, exist_ok=True)
-    metadata = {"png": {"Software": None}, "svg": {"Date": None}}
-    for kind in ("png", "svg"):
-        target = settings.figures / f"{name}.{kind}"
-        write_beside(target, lambda path, kind=kind: figure.savefig(path, format=kind, metadata=metadata[kind]))
-    write_beside(settings.figures / f"{name}.csv", lambda path: table.to_csv(path, index=False))
