@@ -129,7 +129,8 @@ def _train(arguments: argparse.Namespace) -> None:
         width=arguments.width,
         in_channels=in_channels,
         input_size=size,
-    ).to(device, memory_format=torch.channels_last)
+    )
+    model = model.to(device).to(memory_format=torch.channels_last)
     facts: dict[str, Any] = dict(
         dataset=dataset.name,
         classes=dataset.classes,
@@ -161,12 +162,15 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _print_epoch(row: dict[str, Any]) -> None:
-    print(
-        f"epoch {row['epoch']:3d}  lr {row['lr']:.1e}  train loss {row['train_loss']:.3f} acc {row['train_accuracy']:.3f}"
-        f"  validation loss {row['validation_loss']:.3f} acc {row['validation_accuracy']:.3f}"
-        f"  sign flips {row['sign_flips']:.2%}  {row['seconds']:.0f} s",
-        flush=True,
-    )
+    parts = [
+        f"epoch {row['epoch']:3d}",
+        f"lr {row['lr']:.1e}",
+        f"train loss {row['train_loss']:.3f} acc {row['train_accuracy']:.3f}",
+        f"validation loss {row['validation_loss']:.3f} acc {row['validation_accuracy']:.3f}",
+        f"sign flips {row['sign_flips']:.2%}",
+        f"{row['seconds']:.0f} s",
+    ]
+    print("  ".join(parts), flush=True)
 
 
 def _described(result: Evaluation) -> str:

@@ -118,7 +118,7 @@ class BinarizeConv2d(nn.Conv2d):
 BINARIZED = (BinarizeLinear, BinarizeConv2d)
 
 
-def binarized_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def binarized_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the latent weights of every binarized layer of `model`, by their state_dict names, in order."""
     return {
         f"{name}.weight" if name else "weight": module.weight

@@ -121,6 +121,9 @@ class BinarizedResNet(nn.Module):
     """A binarized ResNet of basic blocks for small images; see `resnet_binary`."""
 
     name = "resnet_binary"
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
 
     def __init__(self, num_classes: int, depth: int, width: float, in_channels: int, input_size: int, shortcut: bool):
         super().__init__()
@@ -160,9 +163,9 @@ class BinarizedResNet(nn.Module):
         self.register_load_state_dict_pre_hook(self._drop_unused)
 
     @staticmethod
-    def _drop_unused(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _drop_unused(model: "BinarizedResNet", state: dict[str, Any], prefix: str, *_: Any) -> None:
         # The published network declares a BatchNorm in its last block and never calls it.
-        last = f"{prefix}layer3.{len(model.get_submodule('layer3')) - 1}.bn2."  # type: ignore[arg-type]
+        last = f"{prefix}layer3.{len(model.layer3) - 1}.bn2."
         for key in [key for key in state if key.startswith(last)]:
             del state[key]
 

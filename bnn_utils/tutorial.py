@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -135,8 +136,8 @@ class Settings:
         metadata = {"png": {"Software": None}, "svg": {"Date": None}}
         for kind in ("png", "svg"):
             target = self.figures / f"{name}.{kind}"
-            write_beside(target, lambda path, kind=kind: figure.savefig(path, format=kind, metadata=metadata[kind]))
-        write_beside(self.figures / f"{name}.csv", lambda path: table.to_csv(path, index=False))
+            write_beside(target, partial(figure.savefig, format=kind, metadata=metadata[kind]))
+        write_beside(self.figures / f"{name}.csv", partial(table.to_csv, index=False))
 
 
 def start() -> Settings:

@@ -1,0 +1,58 @@
+# The commands of the course. `make help` lists them.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+PROFILE ?= quick
+REPOSITORY ?=
+
+RUN   := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help notebooks test lab publish badges lint clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make notebooks   run the course; results in executed/$(PROFILE)/ and figures/$(PROFILE)/"
+	@echo "make lab         open the notebooks in JupyterLab"
+	@echo "make test        lint, type check, unit tests and every notebook"
+	@echo "make lint        lint and type check only"
+	@echo "make publish     run the course and write its outputs into notebooks/, figures/published/ and README.md"
+	@echo "make badges      point badges, links and set-up cells at REPOSITORY=owner/name (default: git's origin)"
+	@echo "make clean       remove what runs have made (not $(VENV))"
+	@echo
+	@echo "Settings: PROFILE=quick|cifar10|full   PYTHON=python3   VENV=.venv"
+
+# The stamp is written last, so that an installation that stopped half way starts again.
+$(STAMP): pyproject.toml
+	@echo "Installing the course into $(VENV) (once; about 2 minutes and 6 GB, most of it PyTorch)"
+	@rm -f $(STAMP)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --editable ".[lab,test]"
+	@touch $(STAMP)
+
+notebooks: $(STAMP)
+	@$(RUN) tools/notebooks.py run --profile "$(PROFILE)"
+
+publish: $(STAMP)
+	@$(RUN) tools/notebooks.py publish --profile "$(PROFILE)"
+
+badges: $(STAMP)
+	@$(RUN) tools/notebooks.py badges --repository "$(REPOSITORY)"
+	@touch $(STAMP) # the address in pyproject.toml may have changed, but nothing to install has
+
+lab: $(STAMP)
+	BNN_PROFILE="$(PROFILE)" $(VENV)/bin/jupyter lab notebooks
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+test: lint
+	$(RUN) -m pytest
+
+clean:
+	rm -rf executed figures/quick figures/cifar10 figures/full build *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find bnn_utils notebooks tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

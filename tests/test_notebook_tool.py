@@ -1,0 +1,199 @@
+"""tools/notebooks.py on a small course of its own: run, publish, badges, and what stops them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from tools import notebooks as tool
+
+TOOL = Path(tool.__file__)
+FIGURE = """\
+import os
+from pathlib import Path
+folder = Path(os.environ["BNN_FIGURES"], os.environ["BNN_PROFILE"])
+folder.mkdir(parents=True, exist_ok=True)
+for suffix in (".png", ".svg", ".csv"):
+    (folder / f"01-line{suffix}").write_text("p,accuracy")
+print(os.environ["TQDM_DISABLE"], Path.cwd().name)"""
+OPENING = """\
+# 01 A line
+
+[![Colab](https://colab.research.google.com/github/OWNER/bnn-tutorial/blob/main/notebooks/01_line.ipynb)](x)
+
+A line is drawn | here. It is short.
+
+**Time:** not measured."""
+
+
+def save(root: Path, name: str, *cells: str, opening: str = OPENING) -> Path:
+    """Write a notebook of an opening and code cells."""
+    path = root / "notebooks" / name
+    path.parent.mkdir(exist_ok=True)
+    notebook = new_notebook(cells=[new_markdown_cell(opening), *map(new_code_cell, cells)])
+    notebook.metadata["language_info"] = {"name": "python", "version": "0"}
+    nbformat.write(notebook, path)
+    return path
+
+
+def command(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The tool's answer to a command line."""
+    line = [sys.executable, str(TOOL), "--root", str(root), *words]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def course(tmp_path):
+    """A course of one notebook, with the files that publish and badges touch."""
+    setup = "# set-up\n# settings = tutorial.start()"
+    save(tmp_path, "01_line.ipynb", setup, FIGURE, "", "1 + 1")
+    manifest = "id,notebook,caption,gallery\n01-line,01_line.ipynb,A line,1\n01-other,01_line.ipynb,Not made,1\n"
+    (tmp_path / "notebooks" / "figures.csv").write_text(manifest)
+    sections = "".join(f"<!-- begin:{n} -->\nold\n<!-- end:{n} -->\n" for n in ("reading-order", "gallery"))
+    link = "git clone https://github.com/OWNER/bnn-tutorial\nhttps://github.com/OWNER/bnn-tutorial-two\n"
+    (tmp_path / "README.md").write_text(link + sections + "the end\n")
+    for name in ("pyproject.toml", "CITATION.cff"):
+        (tmp_path / name).write_text((tool.ROOT / name).read_text())
+    return tmp_path
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """What every file of a folder holds."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_run_and_publish(course):
+    before = files(course)
+    done = command(course, "run")
+    assert done.returncode == 0, done.stderr
+    assert "01_line.ipynb" in done.stdout and "total" in done.stdout
+    after = files(course)
+    assert {name: after[name] for name in before} == before
+    executed = nbformat.read(course / "executed/quick/01_line.ipynb", as_version=4)
+    counts = [cell.execution_count for cell in executed.cells if cell.cell_type == "code"]
+    assert counts == [1, 2, None, 3]
+    assert executed.cells[2].outputs[0].text == "1 notebooks\n"
+    row = (course / "executed/quick/run.csv").read_text().splitlines()[1].split(",")
+    assert (row[0], row[2], row[3]) == ("01_line.ipynb", "3", "1")
+
+    stale = course / "figures/published/quick/01-old.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    other = stale.with_name("02-other.png")
+    other.write_text("")
+    done = command(course, "publish", "01")
+    assert done.returncode == 0, done.stderr
+    published = {path.name for path in stale.parent.iterdir()}
+    assert published == {"01-line.png", "01-line.svg", "01-line.csv", "02-other.png"}
+    notebook = json.loads((course / "notebooks/01_line.ipynb").read_text())
+    assert "**Time:** under a minute on " in "".join(notebook["cells"][0]["source"])
+    assert notebook["cells"][2]["outputs"] and notebook["cells"][2]["metadata"] == {}
+    assert notebook["metadata"]["language_info"] == {"name": "python"}
+    readme = (course / "README.md").read_text()
+    assert "| 01 | [A line](notebooks/01_line.ipynb) | A line is drawn \\| here. | < 1 |" in readme
+    assert "![A line](figures/published/quick/01-line.png)" in readme and "Not made" not in readme
+    assert "old" not in readme and readme.endswith("the end\n")
+    once = files(course)
+    assert command(course, "readme").returncode == 0
+    assert files(course) == once
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("x = 1\n1 / 0", "ZeroDivisionError: division by zero"),
+        ("import sys\nprint('careful', file=sys.stderr)", "it wrote to stderr: careful"),
+        ("import ipywidgets\nipywidgets.IntSlider()", "it made a widget"),
+        ("import os\nos._exit(1)", "the kernel died"),
+    ],
+)
+def test_a_bad_cell_stops_the_run(tmp_path, source, said):
+    save(tmp_path, "01_good.ipynb", "1")
+    path = save(tmp_path, "02_bad.ipynb", "1", source, "2")
+    save(tmp_path, "03_after.ipynb", "1")
+    before = path.read_bytes()
+    for name in ("run", "publish"):
+        done = command(tmp_path, name, "02", "03")
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"02_bad.ipynb stopped at cell 3: {source.splitlines()[0]}\n")
+        assert said in done.stderr and len(done.stderr.splitlines()) == 2
+        assert not (tmp_path / "executed/quick/03_after.ipynb").exists()
+    assert path.read_bytes() == before and not (tmp_path / "figures/published").exists()
+
+
+def test_publish_refuses_a_large_notebook(tmp_path):
+    path = save(tmp_path, "01_large.ipynb", "print('x' * 1_000_000)")
+    before = path.read_bytes()
+    done = command(tmp_path, "publish")
+    assert done.returncode == 1 and "the limit is 1 MB" in done.stderr
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "07"],
+        ["run", "--profile", "fast"],
+        ["publish", "nothing.ipynb"],
+        ["badges", "--repository", "x"],
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(course, words):
+    before = files(course)
+    done = command(course, *words)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert files(course) == before
+
+
+@pytest.mark.parametrize("name", ["", "a", "a/b/c", "a b/c", "a/b.git", "a/..", "https://github.com/a/b", '"/x'])
+def test_a_repository_is_owner_and_name(course, name, monkeypatch):
+    monkeypatch.setattr(tool, "origin_of", lambda root: name)
+    with pytest.raises(tool.Stop) as stop:
+        tool.badges(course, name or "-")
+    assert stop.value.status == 2 and "owner/name" in str(stop.value)
+
+
+def test_badges_write_one_address_everywhere(course):
+    assert command(course, "badges", "--repository", "ada/bits.and-bytes").returncode == 0
+    assert tool.repository_of(course) == "ada/bits.and-bytes"
+    assert 'repository-code: "https://github.com/ada/bits.and-bytes"' in (course / "CITATION.cff").read_text()
+    readme = (course / "README.md").read_text()
+    assert readme.startswith("git clone https://github.com/ada/bits.and-bytes\n")
+    assert "https://github.com/OWNER/bnn-tutorial-two" in readme
+    notebook = nbformat.read(course / "notebooks/01_line.ipynb", as_version=4)
+    assert tool.colab_link("ada/bits.and-bytes", "01_line.ipynb") in notebook.cells[0].source
+    assert notebook.cells[1].source == tool.setup_cell("ada/bits.and-bytes")
+    once = files(course)
+    assert command(course, "badges").returncode == 0  # no origin: what is set stays
+    assert files(course) == once
+
+
+@pytest.mark.parametrize(
+    ("url", "found"),
+    [
+        ("https://github.com/ada/bits.git", "ada/bits"),
+        ("https://token@github.com/ada/bits", "ada/bits"),
+        ("git@github.com:ada/bits.git", "ada/bits"),
+        ("ssh://git@github.com/ada/bits", "ada/bits"),
+        ("https://example.org/ada/bits", None),
+        ("/srv/git/bits", None),
+    ],
+)
+def test_origin(tmp_path, url, found):
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", url], check=True)
+    assert tool.origin_of(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(3, "under a minute"), (45, "about 1 minute"), (75, "about 1 minute"), (76, "about 2 minutes")],
+)
+def test_time_line(seconds, words, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert tool.time_line(seconds) == f"**Time:** {words} on 2 CPU cores (quick profile)."

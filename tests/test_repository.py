@@ -1,0 +1,94 @@
+"""The files around the package agree: environment, badges, citation, README and Makefile."""
+
+import re
+import subprocess
+import sys
+
+import yaml
+
+from tools import notebooks as tool
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it along where Python has none
+
+ROOT = tool.ROOT
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CONDA_NAMES = {"torch": "pytorch"}
+REPOSITORY = tool.repository_of(ROOT)
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_environment_says_the_same_as_pyproject():
+    extras = PROJECT["optional-dependencies"]
+    wanted = set()
+    for line in PROJECT["dependencies"] + extras["lab"] + extras["test"]:
+        name, bound = re.fullmatch(r"([a-z0-9_-]+)(>=[0-9.]+)", line).groups()
+        wanted.add(CONDA_NAMES.get(name, name) + bound)
+    wanted.add("python" + PROJECT["requires-python"])
+    environment = yaml.safe_load(text_of("environment.yml"))
+    assert environment["channels"] == ["conda-forge"]
+    assert set(environment["dependencies"]) == wanted
+    assert len(environment["dependencies"]) == len(wanted)
+
+
+def test_environment_says_what_each_package_is_for():
+    lines = text_of("environment.yml").split("dependencies:")[1].splitlines()
+    for line in lines:
+        if line.strip().startswith("- "):
+            assert re.search(r" # \w+", line), line
+
+
+def test_one_repository_address():
+    assert PROJECT["urls"]["Repository"] == f"https://github.com/{REPOSITORY}"
+    citation = yaml.safe_load(text_of("CITATION.cff"))
+    assert citation["repository-code"] == PROJECT["urls"]["Repository"]
+    for found in tool.COLAB.finditer(text_of("README.md")):
+        assert found["repository"] == REPOSITORY, found[0]
+
+
+def test_badges_would_change_nothing():
+    for path in tool.find_notebooks(ROOT):
+        assert tool.retargeted_notebook(path, REPOSITORY, REPOSITORY) == path.read_text(encoding="utf-8"), path
+
+
+def test_citation_and_licence_agree_with_pyproject():
+    citation = yaml.safe_load(text_of("CITATION.cff"))
+    assert str(citation["version"]) == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"] == "MIT"
+    assert citation["authors"] == PROJECT["authors"]
+    assert text_of("LICENSE").startswith("MIT License") and PROJECT["authors"][0]["name"] in text_of("LICENSE")
+
+
+def test_readme_links_lead_somewhere():
+    readme = text_of("README.md")
+    targets = re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", readme)
+    targets += re.findall(r"(?:src|href)=\"([^\"]+)\"", readme)
+    local = [t.split("#")[0] for t in targets if not re.match(r"https?:|mailto:|#", t)]
+    assert local, "README.md links to none of the repository's files"
+    assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_readme_names_every_make_command_as_it_is():
+    targets = set(re.findall(r"^([a-z]+):(?!=)", text_of("Makefile"), re.MULTILINE))
+    commands = set(re.findall(r"(?:^ *(?:\$ )?|`)make ([a-z]+)", text_of("README.md"), re.MULTILINE))
+    assert {"notebooks", "test"} <= commands <= targets
+
+
+def test_readme_sections_are_up_to_date():
+    readme = text_of("README.md")
+    for name, body in (("reading-order", tool.reading_order(ROOT)), ("gallery", tool.gallery(ROOT))):
+        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
+        assert readme.count(begin) == readme.count(end) == 1
+        assert readme.split(begin)[1].split(end)[0].strip() == body.strip(), "run: make publish"
+
+
+def test_continuous_integration_runs_the_test_command():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert "\nmake test\n" in script.read_text()
+    subprocess.run(["bash", "-n", str(script)], check=True)
