@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}, expected auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -85,7 +87,11 @@ def _device(name: str) -> torch.device:
 def _load_data(arguments: argparse.Namespace) -> data.Dataset:
     if arguments.data_path == "":
         raise data.DataError("--data-path is empty, expected a folder")
-    return data.load(arguments.dataset, arguments.data_path)
+    dataset = data.load(arguments.dataset, arguments.data_path)
+    height, width = dataset.test.pixels.shape[2:]
+    if height != width:
+        raise data.DataError(f"{dataset.name}: its pictures are {width}x{height} pixels, the networks want squares")
+    return dataset
 
 
 def _load_trained(arguments: argparse.Namespace) -> tuple[nn.Module, data.Images]:
@@ -220,14 +226,18 @@ def published_form(table: pd.DataFrame, original: Evaluation) -> str:
             parts = {
                 f"{word} loss": (row["loss"], row["loss_half"]),
                 f"{word} acc": (row["accuracy"], row["accuracy_half"]),
-                "loss rate": (row["loss"] / original.loss, row["loss_half"] / original.loss),
-                "acc rate": (row["accuracy"] / original.accuracy, row["accuracy_half"] / original.accuracy),
+                "loss rate": (_rate(row["loss"], original.loss), _rate(row["loss_half"], original.loss)),
+                "acc rate": (_rate(row["accuracy"], original.accuracy), _rate(row["accuracy_half"], original.accuracy)),
             }
             line = ", ".join(f"{name}:{{{_number(mean)} ± {_number(half)}}}" for name, (mean, half) in parts.items())
             if row["not_finite"]:
                 line += f"  (loss not finite in {row['not_finite']} of {row['trials']} trials)"
             lines.append(line)
     return "\n".join(lines)
+
+
+def _rate(damaged: float, original: float) -> float:
+    return damaged / original if original else float("nan")
 
 
 def _number(value: float) -> str:

@@ -42,12 +42,12 @@ def pack_signs(x: Tensor) -> NDArray[np.uint64]:
     unused = -ones.shape[-1] % WORD
     padded = np.pad(ones, [(0, 0)] * (ones.ndim - 1) + [(0, unused)])
     packed = np.packbits(padded, axis=-1, bitorder="little")
-    return packed.view("<u8").astype(np.uint64, copy=False)
+    return np.ascontiguousarray(packed).view("<u8").astype(np.uint64, copy=False)
 
 
 def unpack_signs(words: NDArray[np.uint64], n: int) -> Tensor:
     """Return the +1/-1 float32 tensor (..., n) that `pack_signs` made `words` from."""
-    ones = np.unpackbits(words.astype("<u8").view(np.uint8), axis=-1, bitorder="little")[..., :n]
+    ones = np.unpackbits(np.ascontiguousarray(words, "<u8").view(np.uint8), axis=-1, bitorder="little")[..., :n]
     return torch.from_numpy(ones.astype(np.float32) * 2 - 1)
 
 

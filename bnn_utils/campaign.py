@@ -1,5 +1,6 @@
 """Monte-Carlo sweeps: probabilities x trials x repairs of one network become one tidy table."""
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, as_completed
@@ -10,13 +11,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from torch import nn
-from tqdm.auto import tqdm
 
 from bnn_utils.bits import check_probability
 from bnn_utils.data import Images
 from bnn_utils.faults import PARAMETERS, STORAGES, float32_storage, inject, targeted
-from bnn_utils.files import write_beside
 from bnn_utils.repair import REPAIRS
+from bnn_utils.system import progress_bar, write_beside
 from bnn_utils.training import Evaluation, evaluate
 
 COLUMNS = [
@@ -81,8 +81,9 @@ def _trials(
             yield rows
 
 
-def _all_trials(*arguments: Any) -> list[list[dict[str, Any]]]:
-    return list(_trials(*arguments))
+def _all_trials(model: nn.Module, *arguments: Any) -> list[list[dict[str, Any]]]:
+    # A copy of its own: torch hands tensors to other processes as shared memory, where tasks would damage each other's.
+    return list(_trials(copy.deepcopy(model), *arguments))
 
 
 def run(
@@ -133,6 +134,7 @@ def run(
             raise ValueError(f"unknown repair {repair!r}, expected one of {', '.join(REPAIRS)}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     targeted(model, targets)  # raises for a target that names nothing, before anything is written
     if out is not None and Path(out).exists():
         raise FileExistsError(f"{out}: is there already; name another file")
@@ -141,7 +143,7 @@ def run(
 
     ordered = sorted(set(probabilities))
     rows: list[dict[str, Any]] = []
-    bar = tqdm(total=len(ordered) * trials, desc="trials", unit="trial", leave=False)
+    bar = progress_bar(total=len(ordered) * trials, desc="trials", unit="trial")
 
     def finished(trial_rows: list[dict[str, Any]]) -> None:
         rows.extend(trial_rows)
@@ -149,7 +151,7 @@ def run(
 
     try:
         with bar:
-            tasks = [(model, data, p, trials, storage, tuple(repairs), seed, tuple(targets)) for p in ordered]
+            tasks = [(model, data, p, trials, storage, tuple(repairs), seed, targets) for p in ordered]
             if executor is None:
                 for task in tasks:
                     for trial_rows in _trials(*task):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import bnn_utils
-from bnn_utils.files import write_beside
 from bnn_utils.models import build
+from bnn_utils.system import write_beside
 
 FORMAT = "bnn_utils/1"
 # BinaryNet.pytorch normalizes CIFAR images with the ImageNet figures (its preprocess.py).
-_PUBLISHED_FACTS = {
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
-    "source": "BinaryNet.pytorch",
-}
+_PUBLISHED_NORMALIZATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 class CheckpointError(ValueError):
@@ -42,6 +39,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, **facts: Any) -> None:
 
     Raises:
         TypeError: the network is not one of `bnn_utils.models`, or a fact is nothing that JSON can hold.
+        OSError: the file cannot be written.
     """
     name, config = getattr(model, "name", None), getattr(model, "config", None)
     if name is None or config is None:
@@ -50,7 +48,10 @@ def save(path: str | os.PathLike[str], model: nn.Module, **facts: Any) -> None:
     described = {"network": name, "config": config, **facts, "versions": versions}
     header = {"format": FORMAT, "facts": json.dumps(described)}
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    write_beside(path, partial(save_file, tensors, metadata=header))
+    try:
+        write_beside(path, partial(save_file, tensors, metadata=header))
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
 
 
 def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
@@ -70,7 +71,8 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
         raise CheckpointError(f"{file}: no such checkpoint file")
     with file.open("rb") as stream:
         start = stream.read(10)
-    if start[:2] == b"PK" or start[:1] == b"\x80":  # the two forms of torch.save
+    safetensors = start[8:9] == b"{"  # after the header's length, whose bytes may be anything
+    if not safetensors and (start[:2] == b"PK" or start[:1] == b"\x80"):  # the two forms of torch.save
         state, facts = _read_published(file)
     else:
         state, facts = _read_safetensors(file)
@@ -97,17 +99,23 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with file.open("rb") as stream, warnings.catch_warnings():  # given a name, torch would judge it by its ending
+            warnings.simplefilter("ignore")
+            content = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise CheckpointError(f"{file}: holds more than tensors, so loading it could run code; refused") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{file}: is broken, or holds more than tensors, so that loading it could run code; refused"
+        ) from None
+    except Exception as error:  # torch raises many kinds for a file that is cut short or damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file}: is broken or not a checkpoint ({reason})") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{file}: holds no state_dict of a network")
     state = {str(key).removeprefix("module."): value for key, value in state.items()}
-    facts = {**_recognize(file, state), **_PUBLISHED_FACTS}
+    facts = {**_recognize(file, state), "source": "BinaryNet.pytorch"}
+    if facts["config"]["in_channels"] == len(_PUBLISHED_NORMALIZATION["mean"]):
+        facts.update(_PUBLISHED_NORMALIZATION)
     if isinstance(content.get("epoch"), int):
         facts["epochs"] = content["epoch"]
     return state, facts
@@ -131,11 +139,11 @@ def _recognize(file: Path, state: dict[str, Tensor]) -> dict[str, Any]:
             blocks = len({found[0] for key in state if (found := re.match(r"layer1\.\d+\.", key))})
             config = dict(
                 num_classes=len(state["fc.weight"]),
-                depth=6 * blocks + 2,
+                depth=18 if blocks == 2 else 6 * blocks + 2,  # the published 18 has the blocks of a 14
                 width=len(first) / 80,
                 in_channels=first.shape[1],
             )
             return {"network": "resnet_binary", "config": config}
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{file}: misses tensors of the network it seems to be ({error})") from None
     raise CheckpointError(f"{file}: its tensors are neither the binarized VGG's nor the binarized ResNet's")

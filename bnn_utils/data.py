@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def _decode(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))
-    except OSError as error:
+    except Exception as error:  # Pillow raises many kinds for a broken picture, SyntaxError among them
         raise DataError(f"{path}: not a picture that can be read ({error})") from None
 
 
@@ -256,10 +257,15 @@ def _torchvision(published: _Published, path: Path, download: bool) -> Dataset:
     import torchvision
 
     make: Callable[..., Any] = getattr(torchvision.datasets, published.torchvision)
+    inner = path / published.torchvision
+    absent = [folder for folder in (inner / "raw", inner, path, *path.parents) if not folder.exists()]
     try:
         train, test = make(path, train=True, download=download), make(path, train=False, download=download)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        for folder in absent:  # torchvision makes them before it finds that there is no network
+            with suppress(OSError):
+                folder.rmdir()
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{published.title} is not in {path} and could not be downloaded ({reason}); "
             f"put torchvision's files there, or folders train/<class>/ and test/<class>/ of pictures"

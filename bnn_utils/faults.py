@@ -72,7 +72,9 @@ def targeted(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> dict[str,
         targets = (targets,)
     stored = stored_tensors(model)
     for target in targets:
-        if not any(target == kind or fnmatchcase(name, target) for name, (kind, _) in stored.items()):
+        if target not in KINDS and not any(
+            target == kind or fnmatchcase(name, target) for name, (kind, _) in stored.items()
+        ):
             raise ValueError(
                 f"target {target!r} names nothing in this network, expected {', '.join(KINDS)} or a tensor's name"
             )
@@ -118,7 +120,7 @@ def _flip(name: str, tensor: Tensor, probability: float, seed: int, flips: Flips
             words, first = np.unique(positions // BITS, return_index=True)
             masks = np.add.reduceat(np.int64(1) << positions % BITS, first).astype(np.uint32).view(np.int32)
             index = torch.unravel_index(torch.from_numpy(words).to(tensor.device), tensor.shape)
-            before = stored[index]
+            before = stored[index].clone()  # of a tensor without dimensions, indexing gives a view
             undo.append((index, before))
             stored[index] = before ^ torch.from_numpy(masks).to(tensor.device)
             flips.tensors[name] = flips.tensors.get(name, 0) + len(positions)

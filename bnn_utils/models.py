@@ -160,14 +160,13 @@ class BinarizedResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, BinarizeConv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.register_load_state_dict_pre_hook(self._drop_unused)
 
-    @staticmethod
-    def _drop_unused(model: "BinarizedResNet", state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The published network declares a BatchNorm in its last block and never calls it.
-        last = f"{prefix}layer3.{len(model.layer3) - 1}.bn2."
-        for key in [key for key in state if key.startswith(last)]:
-            del state[key]
+        last = f"{prefix}layer3.{len(self.layer3) - 1}.bn2."
+        for key in [key for key in state_dict if key.startswith(last)]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tanh1(self.bn1(self.conv1(x)))

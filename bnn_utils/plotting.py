@@ -6,15 +6,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from bnn_utils.campaign import aggregate
+from bnn_utils.campaign import aggregate, mean_interval
 
 # The same colour for the same thing in every notebook (Okabe and Ito's colour-blind safe palette).
 COLORS = {
     "vgg_cifar10_binary": "#0072B2",
     "resnet_binary": "#E69F00",
     "without shortcuts": "#009E73",
+    "branch normalized": "#882255",
     "none": "#0072B2",
     "clip": "#D55E00",
     "train": "#56B4E9",
@@ -26,6 +29,8 @@ LABELS = {
     "resnet_binary": "ResNet",
     "none": "damaged",
     "clip": "damaged, then clipped",
+    "adam": "Adam",
+    "sgd": "SGD, momentum 0.9",
 }
 
 
@@ -98,6 +103,18 @@ def confusion(table: pd.DataFrame, classes: Sequence[str]) -> Figure:
     return figure
 
 
+def _panels(table: pd.DataFrame) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure with one panel for each network of `table`, by its name, with a logarithmic probability axis."""
+    networks = list(table["network"].unique())
+    size = (3.6 * len(networks) + 0.4, 3.4)
+    figure, axes = plt.subplots(1, len(networks), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis, network in zip(axes[0], networks, strict=True):
+        own = table[table["network"] == network]
+        data = f", {own['dataset'].iloc[0]}" if "dataset" in own else ""
+        axis.set(xscale="log", xlabel="bit error probability $p$", title=f"{label(network)}{data}")
+    return figure, dict(zip(networks, axes[0], strict=True))
+
+
 def damage_curves(table: pd.DataFrame, value: str = "accuracy", clean: pd.DataFrame | None = None) -> Figure:
     """Draw a campaign: a panel a network, the mean over trials against bit error probability, a line a repair.
 
@@ -109,9 +126,8 @@ def damage_curves(table: pd.DataFrame, value: str = "accuracy", clean: pd.DataFr
         value: "accuracy" or "loss".
         clean: columns network and `value`, of the undamaged networks, drawn as a dotted line.
     """
-    networks = list(table["network"].unique())
-    figure, axes = plt.subplots(1, len(networks), figsize=(3.6 * len(networks) + 0.4, 3.4), sharey=True, squeeze=False)
-    for axis, network in zip(axes[0], networks, strict=True):
+    figure, axes = _panels(table)
+    for network, axis in axes.items():
         own = table[table["network"] == network]
         for repair in own["repair"].unique():
             _damage_line(axis, own[own["repair"] == repair], value, repair)
@@ -123,11 +139,12 @@ def damage_curves(table: pd.DataFrame, value: str = "accuracy", clean: pd.DataFr
             xlabel="bit error probability $p$",
             title=f"{label(network)}, {own['dataset'].iloc[0]}",
         )
+    first = next(iter(axes.values()))
     if value == "accuracy":
-        axes[0, 0].set(ylabel="accuracy (%)", ylim=(0, 100))
+        first.set(ylabel="accuracy (%)", ylim=(0, 100))
     else:
-        axes[0, 0].set(ylabel="cross-entropy loss (nats)", yscale="log")
-    axes[0, 0].legend(loc="lower left" if value == "accuracy" else "upper left", fontsize=9)
+        first.set(ylabel="cross-entropy loss (nats)", yscale="log")
+    first.legend(loc="lower left" if value == "accuracy" else "upper left", fontsize=9)
     return figure
 
 
@@ -136,7 +153,7 @@ def _damage_line(axis: Axes, table: pd.DataFrame, value: str, repair: str) -> No
     finite = table[np.isfinite(table[value])]
     spread = np.random.default_rng(0).uniform(-0.12, 0.12, len(finite))  # side by side, so that dots can be told apart
     scale = 100 if value == "accuracy" else 1
-    axis.plot(finite["probability"] * 10**spread, scale * finite[value], ".", color=drawn, alpha=0.2, ms=4, mew=0)
+    axis.plot(finite["probability"] * 10**spread, scale * finite[value], ".", color=drawn, alpha=0.3, ms=5, mew=0)
     if value == "accuracy":
         means = aggregate(table)
         middle, low, high = (
@@ -151,3 +168,449 @@ def _damage_line(axis: Axes, table: pd.DataFrame, value: str, repair: str) -> No
         p = quartiles.index
     axis.fill_between(p, scale * low, scale * high, color=drawn, alpha=0.2, lw=0)
     axis.plot(p, scale * middle, "o-", color=drawn, label=label(repair), ms=4)
+
+
+def sign_and_gradient(table: pd.DataFrame) -> Figure:
+    """Draw sign and hardtanh beside the slopes that finite differences and the straight-through estimator give.
+
+    Args:
+        table: columns x, sign, hardtanh, "slope of sign, h = ..." (any number), straight-through gradient; sorted by x.
+    """
+    figure, axes = plt.subplots(1, 2)
+    axes[0].plot(table["x"], table["sign"], color="C0", drawstyle="steps-mid", label="sign: computed forward")
+    axes[0].plot(table["x"], table["hardtanh"], color="C1", label="hardtanh: followed backward")
+    axes[0].set(xlabel="$x$", ylabel="function value", ylim=(-1.25, 1.95))
+    for shade, name in zip((0.35, 0.65, 1.0), [name for name in table if name.startswith("slope")]):
+        axes[1].plot(table["x"], table[name], color="C0", alpha=shade, drawstyle="steps-mid", label=name)
+    straight = table["straight-through gradient"]
+    axes[1].plot(table["x"], straight, "--", color="C1", drawstyle="steps-mid", label="straight-through gradient")
+    axes[1].set(xlabel="$x$", ylabel="slope", ylim=(-0.5, 15))
+    for axis in axes:
+        axis.legend(loc="upper left", fontsize=9)
+    return figure
+
+
+def latent_weights(table: pd.DataFrame) -> Figure:
+    """Draw the paths of latent weights, a panel a learning rate, with a dot at every step that changed a sign.
+
+    Args:
+        table: columns lr, step, weight (a number from 0), value; sorted by step.
+    """
+    rates = list(table["lr"].unique())
+    figure, axes = plt.subplots(1, len(rates), sharey=True, squeeze=False)
+    for axis, rate in zip(axes[0], rates, strict=True):
+        count = 0
+        for number, path in table[table["lr"] == rate].groupby("weight"):
+            step, value = path["step"].to_numpy(), path["value"].to_numpy()
+            drawn = f"C{number}" if number < 7 else "0.5"  # the palette has seven colours
+            axis.plot(step, value, color=drawn, lw=1.2)
+            flipped = np.flatnonzero((value[1:] >= 0) != (value[:-1] >= 0)) + 1
+            axis.plot(step[flipped], value[flipped], "o", color=drawn, ms=3.5)
+            count += len(flipped)
+        axis.axhline(0, color="k", lw=0.8)
+        axis.set(xlabel="step", title=f"learning rate {rate:g}, sign flips: {count}")
+    axes[0, 0].set(ylabel="latent weight")
+    return figure
+
+
+def bit_squares(table: pd.DataFrame) -> Figure:
+    """Draw small matrices of bits side by side, 1 light and 0 dark.
+
+    Args:
+        table: columns panel (its title), row, column, bit (0 or 1).
+    """
+    panels = list(table["panel"].unique())
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.3 * len(panels), 2.4), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        bits = table[table["panel"] == panel].pivot(index="row", columns="column", values="bit").to_numpy()
+        axis.imshow(bits, vmin=0, vmax=1)
+        for (row, column), bit in np.ndenumerate(bits):
+            axis.text(column, row, int(bit), ha="center", va="center", color="k" if bit else "w", fontsize=12)
+        axis.set(title=panel, xticks=[], yticks=[])
+        axis.grid(False)
+        axis.hlines(np.arange(1, len(bits)) - 0.5, -0.5, bits.shape[1] - 0.5, color="w")
+        axis.vlines(np.arange(1, bits.shape[1]) - 0.5, -0.5, len(bits) - 0.5, color="w")
+        axis.spines[:].set_visible(False)
+    return figure
+
+
+def float_flips(table: pd.DataFrame) -> Figure:
+    """Draw the magnitude that a stored number takes when one of its 32 bits flips, a panel a number.
+
+    Args:
+        table: columns stored (the number), bit (0 to 31), part (sign, exponent, mantissa) and value (after the flip;
+            one that is not finite is drawn as a cross at the upper edge).
+    """
+    stored = list(table["stored"].unique())
+    figure, axes = plt.subplots(1, len(stored), figsize=(3.6 * len(stored), 3.2), sharey=True, squeeze=False)
+    parts = {"mantissa": "#56B4E9", "exponent": "#D55E00", "sign": "#000000"}
+    for axis, number in zip(axes[0], stored, strict=True):
+        own = table[table["stored"] == number]
+        for part, drawn in parts.items():
+            bits = own[(own["part"] == part) & np.isfinite(own["value"])]
+            axis.plot(bits["bit"], bits["value"].abs(), "o", color=drawn, label=part)
+        endless = own[~np.isfinite(own["value"])]
+        axis.plot(endless["bit"], np.full(len(endless), 1e39), "x", color=parts["exponent"], label="infinite or NaN")
+        axis.axhline(abs(number), color="0.4", ls=":", lw=1.2)
+        axis.set(xlabel="flipped bit (31 is the sign)", title=f"stored {number:g}", yscale="log")
+    axes[0, 0].set_ylabel("magnitude read back")
+    axes[0, 0].legend(loc="lower left", fontsize=9)
+    return figure
+
+
+def single_draws(table: pd.DataFrame, draws: int) -> Figure:
+    """Draw the curves that `draws` experiments with one trial a point would have shown, over the mean of all trials.
+
+    Args:
+        table: what `campaign.run` returns, of one or more networks; only unrepaired trials are drawn.
+        draws: how many trials are drawn as curves of their own.
+    """
+    table = table[table["repair"] == "none"]
+    figure, axes = _panels(table)
+    for network, axis in axes.items():
+        own = table[table["network"] == network]
+        for trial, curve in own[own["trial"] < draws].groupby("trial"):
+            text = "one draw a point" if trial == 0 else None
+            axis.plot(curve["probability"], 100 * curve["accuracy"], color="0.6", lw=1, label=text)
+        means = aggregate(own)
+        axis.errorbar(
+            means["probability"],
+            100 * means["accuracy"],
+            100 * means["accuracy_half"],
+            fmt="o-",
+            color=color("none"),
+            label=f"mean of {own['trial'].nunique()} trials",
+        )
+    first = next(iter(axes.values()))
+    first.set(ylabel="accuracy (%)", ylim=(0, 100))
+    first.legend(loc="lower left", fontsize=9)
+    return figure
+
+
+def against_published(table: pd.DataFrame) -> Figure:
+    """Draw accuracy over undamaged accuracy against bit error probability, published and ours, a panel a network.
+
+    Args:
+        table: columns network, repair, probability, source ("published" or "ours"), rate and half (half-width of its
+            95% interval; NaN where there is none).
+    """
+    figure, axes = _panels(table)
+    for network, axis in axes.items():
+        for (source, repair), rows in table[table["network"] == network].groupby(["source", "repair"], sort=False):
+            published = source == "published"
+            axis.errorbar(
+                rows["probability"],
+                rows["rate"],
+                None if published else rows["half"],
+                fmt="x:" if published else "o-",
+                color=color(repair),
+                label=f"{source}, {label(repair)}",
+            )
+    first = next(iter(axes.values()))
+    first.set(ylabel="accuracy / undamaged accuracy", ylim=(0, 1.05))
+    first.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def flip_map(table: pd.DataFrame) -> Figure:
+    """Draw the share of weights that changed sign, a row a layer, a column an epoch, colours on a logarithmic scale.
+
+    Args:
+        table: columns layer (in order from the input), epoch, flipped (0..1).
+    """
+    shares = 100 * table.pivot(index="layer", columns="epoch", values="flipped").loc[list(table["layer"].unique())]
+    figure, axis = plt.subplots(figsize=(7.0, 0.27 * len(shares) + 1.2))
+    colors = plt.get_cmap("cividis").with_extremes(bad="white")
+    norm = LogNorm(0.01, 30, clip=True)
+    edges = (shares.columns[0] - 0.5, shares.columns[-1] + 0.5, len(shares) - 0.5, -0.5)
+    drawn = axis.imshow(
+        np.ma.masked_equal(shares, 0), norm=norm, cmap=colors, extent=edges, aspect="auto", interpolation="none"
+    )
+    axis.set_yticks(range(len(shares)), shares.index)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="epoch (white: no sign changed)")
+    axis.grid(False)
+    bar = figure.colorbar(drawn, ax=axis, ticks=[0.01, 0.1, 1, 10], label="weights that changed sign (%)")
+    bar.ax.set_yticklabels(["≤ 0.01", "0.1", "1", "10"])
+    return figure
+
+
+def weight_histograms(table: pd.DataFrame, columns: int = 3) -> Figure:
+    """Draw the distribution of each layer's latent weights before and after training, a panel a layer.
+
+    Args:
+        table: columns layer, when (such as "initial" and "trained"), low and high (a bin's edges), share (of the
+            layer's weights in that bin, 0..1).
+        columns: panels side by side.
+    """
+    layers = list(table["layer"].unique())
+    rows = -(-len(layers) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(7.0, 1.6 * rows + 0.6), squeeze=False)
+    for axis, layer in zip(axes.flat, layers):
+        own = table[table["layer"] == layer]
+        for shade, (when, bins) in zip(("0.6", "C0"), own.groupby("when", sort=False)):
+            edges = [*bins["low"], bins["high"].iloc[-1]]
+            axis.stairs(100 * bins["share"], edges, color=shade, fill=shade != "C0", lw=1.5, label=when)
+        axis.set_title(layer, fontsize=9)
+        axis.tick_params(labelsize=8)
+    for axis in axes.flat[len(layers) :]:
+        axis.set_visible(False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
+    figure.supxlabel("latent weight", fontsize=10)
+    figure.supylabel("share of the layer's weights (%)", fontsize=10)
+    return figure
+
+
+def pictures(table: pd.DataFrame, columns: int = 8) -> Figure:
+    """Draw pictures in a grid, each under its title.
+
+    Args:
+        table: columns picture (a number), title, channel, row, column, value (0..255); one row a pixel and channel.
+        columns: pictures side by side.
+    """
+    shown = list(table.groupby("picture", sort=False))
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(7.0, 1.15 * rows + 0.1), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (_, pixels) in zip(axes.flat, shown):
+        values = pixels.sort_values(["row", "column", "channel"])["value"].to_numpy()
+        image = values.reshape(pixels["row"].max() + 1, pixels["column"].max() + 1, -1) / 255
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+        axis.set_title(pixels["title"].iloc[0], fontsize=8)
+    return figure
+
+
+def diagram(table: pd.DataFrame) -> Figure:
+    """Draw boxes joined by arrows; yellow boxes put out real numbers, blue ones only +1 and -1, grey ones integers.
+
+    Args:
+        table: columns name, x, y (a box's centre, in box widths and heights), text, values ("real", "±1" or
+            "integers"), after (names of the boxes that lead to it, separated by blanks).
+    """
+    figure, axis = plt.subplots(figsize=(7.0, 2.5))
+    shades = {"real": "#F5D58A", "±1": "#9CCBEA", "integers": "0.88"}
+    boxes = table.set_index("name")
+    for _, box in boxes.iterrows():
+        style = dict(boxstyle="round,pad=0.35", facecolor=shades[box["values"]], edgecolor="0.3")
+        axis.text(box["x"], box["y"], box["text"], ha="center", va="center", fontsize=9, bbox=style, zorder=2)
+    for _, box in boxes.iterrows():
+        for before in box["after"].split():
+            start, end = (boxes.loc[before, "x"], boxes.loc[before, "y"]), (box["x"], box["y"])
+            bend = "arc3" if start[1] == end[1] else "angle,angleA=0,angleB=90,rad=5"
+            if start[1] < end[1]:
+                bend = "angle,angleA=90,angleB=0,rad=5"
+            arrow = dict(arrowstyle="-|>", color="0.3", connectionstyle=bend, shrinkA=17, shrinkB=19)
+            axis.annotate("", end, start, arrowprops=arrow, zorder=1)
+    for values, shade in shades.items():
+        axis.plot([], [], "s", ms=9, color=shade, mec="0.3", label=f"puts out {values}")
+    axis.legend(loc="lower center", ncols=3, fontsize=9, bbox_to_anchor=(0.5, -0.12))
+    axis.set(
+        xlim=(boxes["x"].min() - 0.5, boxes["x"].max() + 0.5), ylim=(boxes["y"].min() - 0.8, boxes["y"].max() + 0.5)
+    )
+    axis.axis("off")
+    return figure
+
+
+def _spread(table: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
+    rows = [(key, *mean_interval(group[value])) for key, group in table.groupby(by, sort=False)]
+    return pd.DataFrame(rows, columns=[by, "mean", "half"])
+
+
+def seed_curves(history: pd.DataFrame) -> Figure:
+    """Draw validation accuracy and sign flips per epoch, mean over seeds with its 95% interval as a band.
+
+    Args:
+        history: histories of `training.train` with columns network and seed.
+    """
+    figure, axes = plt.subplots(1, 2)
+    for index, (name, group) in enumerate(history.groupby("network", sort=False)):
+        for axis, value in zip(axes, ("validation_accuracy", "sign_flips")):
+            drawn = _spread(group, "epoch", value)
+            low, high = drawn["mean"] - drawn["half"], drawn["mean"] + drawn["half"]
+            floor = 0.1 * drawn["mean"] if value == "sign_flips" else 0  # a logarithmic axis has no zero
+            low, high = np.maximum(low, floor), np.minimum(high, 1)
+            axis.fill_between(drawn["epoch"], 100 * low, 100 * high, color=color(name, index), alpha=0.2, lw=0)
+            axis.plot(drawn["epoch"], 100 * drawn["mean"], color=color(name, index), label=label(name))
+    axes[0].set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
+    axes[1].set(xlabel="epoch", ylabel="weights that changed sign (%)", yscale="log")
+    axes[0].legend(loc="lower right")
+    return figure
+
+
+def branch_sizes(table: pd.DataFrame) -> Figure:
+    """Draw how large the two signals are that each block adds up, as pairs of bars on a logarithmic axis.
+
+    Args:
+        table: columns block, convolution and shortcut (root mean square of each).
+    """
+    figure, axis = plt.subplots(figsize=(6.0, 3.0))
+    places = np.arange(len(table))
+    axis.bar(places - 0.2, table["convolution"], 0.38, color="0.6", label="convolutions")
+    axis.bar(places + 0.2, table["shortcut"], 0.38, color=color("resnet_binary"), label="shortcut")
+    for place, share in enumerate(table["shortcut"] / table["convolution"]):
+        axis.text(place, 1.06 * table["convolution"].max(), f"{share:.0%}", ha="center", va="bottom", fontsize=9)
+    axis.set_xticks(places, table["block"])
+    axis.set(yscale="log", ylim=(0.3, 5 * table["convolution"].max()), ylabel="root mean square", xlabel="block")
+    axis.legend(ncols=2, loc="upper center", fontsize=9)
+    axis.grid(False, axis="x")
+    return figure
+
+
+def gradient_sizes(table: pd.DataFrame) -> Figure:
+    """Draw the norm of the loss gradient at each block's output, geometric mean over seeds with its 95% interval.
+
+    Args:
+        table: columns network, seed, block, gradient (norm).
+    """
+    figure, axis = plt.subplots(figsize=(6.0, 3.0))
+    blocks = list(table["block"].unique())
+    for index, (name, group) in enumerate(table.groupby("network", sort=False)):
+        drawn = _spread(group.assign(gradient=np.log(group["gradient"])), "block", "gradient")
+        middle = np.exp(drawn["mean"])
+        error = [middle - np.exp(drawn["mean"] - drawn["half"]), np.exp(drawn["mean"] + drawn["half"]) - middle]
+        places = np.arange(len(blocks)) + 0.06 * (index - 1)
+        axis.errorbar(places, middle, error, fmt="o-", capsize=3, color=color(name, index), label=label(name))
+    axis.set_xticks(range(len(blocks)), blocks)
+    axis.set(yscale="log", xlabel="block (the loss is to the right)", ylabel="gradient norm at its output")
+    axis.legend(fontsize=9)
+    return figure
+
+
+def intervals(table: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
+    """Return mean and 95% interval of `value` over the rows that agree in `keys`, in their order of appearance.
+
+    Args:
+        table: a row a trial.
+        keys: columns that tell settings apart.
+        value: column of numbers.
+
+    Returns:
+        The keys, `value` (mean), `value`_half (half-width of the 95% interval) and trials.
+    """
+    rows = []
+    for key, group in table.groupby(list(keys), sort=False):
+        mean, half = mean_interval(group[value])
+        rows.append(dict(zip(keys, key, strict=True)) | {value: mean, f"{value}_half": half, "trials": len(group)})
+    return pd.DataFrame(rows)
+
+
+def variants(history: pd.DataFrame, by: str = "variant") -> Figure:
+    """Draw variants of a network side by side: accuracy after the last epoch, and the way there.
+
+    Dots are trials, bars and bands 95% intervals of the mean.
+
+    Args:
+        history: what `training.train_many` returns, several trials of each variant.
+        by: the column that tells variants apart.
+    """
+    last = history[history["epoch"] == history["epoch"].max()]
+    final = intervals(last, [by], "validation_accuracy")
+    names = list(final[by])
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.4), width_ratios=(1.15, 1))
+    for index, name in enumerate(names):
+        mean, half = 100 * final.loc[index, ["validation_accuracy", "validation_accuracy_half"]].astype(float)
+        trials = 100 * last.loc[last[by] == name, "validation_accuracy"]
+        axes[0].errorbar(mean, index, xerr=half, fmt="o", color=f"C{index}", capsize=4, ms=7)
+        axes[0].plot(trials, [index + 0.22] * len(trials), ".", color=f"C{index}", alpha=0.6)
+        way = intervals(history[history[by] == name], ["epoch"], "validation_accuracy")
+        middle, band = 100 * way["validation_accuracy"], 100 * way["validation_accuracy_half"]
+        axes[1].plot(way["epoch"], middle, color=f"C{index}")
+        axes[1].fill_between(way["epoch"], middle - band, middle + band, color=f"C{index}", alpha=0.15, lw=0)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="validation accuracy, last epoch (%)", xlim=(0, 102))
+    axes[1].set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 102))
+    return figure
+
+
+def rate_and_decay(table: pd.DataFrame) -> Figure:
+    """Draw accuracy over learning rate and weight decay as a coloured grid, a panel an optimizer.
+
+    Args:
+        table: columns optimizer, weight_decay, learning_rate, validation_accuracy and validation_accuracy_half, all
+            rates and decays of an optimizer combined.
+    """
+    optimizers = list(table["optimizer"].unique())
+    figure, axes = plt.subplots(1, len(optimizers), figsize=(4.3 * len(optimizers), 3.5), squeeze=False)
+    for axis, optimizer in zip(axes[0], optimizers, strict=True):
+        own = table[table["optimizer"] == optimizer]
+        grid = own.pivot(index="weight_decay", columns="learning_rate", values="validation_accuracy")
+        half = own.pivot(index="weight_decay", columns="learning_rate", values="validation_accuracy_half")
+        image = axis.imshow(100 * grid, vmin=0, vmax=100, aspect="auto")
+        for row, column in np.ndindex(grid.shape):
+            mean = grid.iloc[row, column]
+            text = f"{100 * mean:.0f} ± {100 * half.iloc[row, column]:.0f}"
+            axis.text(column, row, text, ha="center", va="center", color="k" if mean > 0.5 else "w", fontsize=9)
+        axis.set_xticks(range(grid.shape[1]), [f"{rate:g}" for rate in grid.columns])
+        axis.set_yticks(range(grid.shape[0]), [f"{decay:g}" for decay in grid.index])
+        axis.set(xlabel="learning rate of the first step", title=label(optimizer))
+        axis.grid(False)
+    axes[0, 0].set(ylabel="weight decay")
+    figure.colorbar(image, ax=axes[0], label="validation accuracy (%)")
+    return figure
+
+
+def flips_against_rate(table: pd.DataFrame) -> Figure:
+    """Draw sign flips per epoch against the learning rate, a panel an optimizer, a line a weight decay.
+
+    Args:
+        table: columns optimizer, weight_decay, learning_rate, sign_flips and sign_flips_half (shares of all weights).
+    """
+    optimizers = list(table["optimizer"].unique())
+    figure, axes = plt.subplots(1, len(optimizers), figsize=(3.7 * len(optimizers), 3.3), sharey=True, squeeze=False)
+    for axis, optimizer in zip(axes[0], optimizers, strict=True):
+        own = table[table["optimizer"] == optimizer]
+        for index, decay in enumerate(own["weight_decay"].unique()):
+            line = own[own["weight_decay"] == decay]
+            shifted = line["learning_rate"] * 1.06 ** (index - 1.5)  # side by side, so that bars can be told apart
+            axis.errorbar(
+                shifted,
+                100 * line["sign_flips"],
+                yerr=100 * line["sign_flips_half"],
+                fmt="o-",
+                color=f"C{index}",
+                ms=4,
+                capsize=2,
+                lw=1.2,
+                label=f"{decay:g}",
+            )
+        axis.set(xscale="log", xlabel="learning rate of the first step", title=label(optimizer))
+    axes[0, 0].set(ylabel="signs flipped per epoch (%)", ylim=(0, None))
+    axes[0, 0].legend(title="weight decay", loc="upper left")
+    return figure
+
+
+def accuracy_against_flips(table: pd.DataFrame) -> Figure:
+    """Draw accuracy against the signs flipped in the whole training: small dots trials, large ones means.
+
+    Args:
+        table: a row a trial, columns optimizer, weight_decay, learning_rate, flips (per weight, summed over epochs)
+            and validation_accuracy.
+    """
+    keys = ["optimizer", "weight_decay", "learning_rate"]
+    figure, axis = plt.subplots(figsize=(5.6, 3.6))
+    for index, optimizer in enumerate(table["optimizer"].unique()):
+        own = table[table["optimizer"] == optimizer]
+        axis.plot(own["flips"], 100 * own["validation_accuracy"], ".", color=f"C{index}", alpha=0.35, ms=4, mew=0)
+        x, y = intervals(own, keys, "flips"), intervals(own, keys, "validation_accuracy")
+        axis.errorbar(
+            x["flips"],
+            100 * y["validation_accuracy"],
+            xerr=x["flips_half"],
+            yerr=100 * y["validation_accuracy_half"],
+            fmt="o",
+            color=f"C{index}",
+            ms=5,
+            lw=0.8,
+            alpha=0.8,
+            label=label(optimizer),
+        )
+    axis.set(
+        xscale="log",
+        xlabel="sign flips per weight in the whole training",
+        ylabel="validation accuracy (%)",
+        ylim=(0, 102),
+    )
+    axis.legend()
+    return figure

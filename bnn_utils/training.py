@@ -1,29 +1,40 @@
 """The published recipe: train a binarized network, watch its signs, keep the best epoch; and evaluate."""
 
+import copy
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from bnn_utils.data import Dataset, Images, augment
-from bnn_utils.files import write_beside
 from bnn_utils.layers import binarized_weights, clamp_latent_weights
+from bnn_utils.system import progress_bar, write_beside
 
 FINAL_LR = 1e-5  # where the cosine schedule ends
 OPTIMIZERS = ("adam", "sgd")
 PRECISIONS = ("float32", "bfloat16")
 STATE_FILE, HISTORY_FILE = "last.pt", "history.csv"
+HISTORY = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "sign_flips",
+    "seconds",
+)
 
 
 class Evaluation(NamedTuple):
@@ -118,7 +129,7 @@ def _learning_rate(recipe: Recipe, progress: float) -> float:
 
 
 def _train_epoch(
-    model: nn.Module, data: Dataset, recipe: Recipe, epoch: int, optimizer: torch.optim.Optimizer
+    model: nn.Module, data: Dataset, recipe: Recipe, epoch: int, optimizer: torch.optim.Optimizer, progress: bool
 ) -> Evaluation:
     train = data.train
     device = train.labels.device
@@ -131,7 +142,10 @@ def _train_epoch(
     loss_sum = torch.zeros((), device=device)
     right = torch.zeros((), device=device, dtype=torch.int64)
     model.train()
-    for step in tqdm(range(steps), desc=f"epoch {epoch + 1}/{recipe.epochs}", unit="batch", leave=False):
+    batches = range(steps)
+    if progress:
+        batches = progress_bar(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}", unit="batch")
+    for step in batches:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(recipe, (epoch + step / steps) / recipe.epochs)
         chosen = order[step * size : (step + 1) * size]
@@ -184,6 +198,7 @@ def train(
     resume: bool = False,
     on_best: Callable[[nn.Module, dict[str, Any]], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Train `model` in place and leave it, in evaluation mode, as it was after its best epoch.
 
@@ -199,6 +214,7 @@ def train(
             result is that of an uninterrupted run.
         on_best: called with (model, history row) after every epoch that is the best so far.
         on_epoch: called with the history row after every epoch.
+        progress: show a bar for every epoch.
 
     Returns:
         The history, one row an epoch: epoch (from 1), lr (at its end), train_loss, train_accuracy (both while
@@ -228,7 +244,7 @@ def train(
     for epoch in range(len(rows), recipe.epochs):
         started = time.perf_counter()
         signs = _signs(model)
-        trained = _train_epoch(model, data, recipe, epoch, optimizer)
+        trained = _train_epoch(model, data, recipe, epoch, optimizer, progress)
         flipped = _flipped_share(signs, _signs(model))
         validated = evaluate(model, data.validation)
         row = dict(
@@ -258,4 +274,62 @@ def train(
 
     model.load_state_dict(best["state"])
     model.eval()
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(HISTORY))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of an experiment of many.
+
+    Attributes:
+        columns: what tells it from the others, as the table's columns: {"last": "none", "seed": 0}.
+        model: the network, untrained, on the device of the data.
+        recipe: how it is trained.
+    """
+
+    columns: dict[str, Any]
+    model: nn.Module
+    recipe: Recipe
+
+
+def _train_job(job: Job, data: Dataset) -> pd.DataFrame:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums depend on how they are split, so here and in a worker alike
+    try:
+        history = train(copy.deepcopy(job.model), data, job.recipe, progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    for position, (name, value) in enumerate(job.columns.items()):
+        history.insert(position, name, value)
+    return history
+
+
+def train_many(jobs: Sequence[Job], data: Dataset, workers: int = 2) -> pd.DataFrame:
+    """Train many small networks, several at a time, and return all their histories as one table.
+
+    Each training computes with one thread, so that the result does not depend on the number of workers. The
+    networks of the jobs stay as they are.
+
+    Args:
+        jobs: the trainings; network, columns and data travel to the workers, so keep them small.
+        data: for all of them; on a GPU they run one after another, whatever `workers` says.
+        workers: processes, at least 1; 1 trains in this one.
+
+    Returns:
+        The job's columns, then those of `train`; a row a job and epoch, in the order of `jobs`.
+
+    Raises:
+        ValueError: no jobs, no workers, or a column that the history of `train` has already.
+    """
+    if not jobs:
+        raise ValueError("jobs must hold at least one training")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    taken = sorted({name for job in jobs for name in job.columns} & set(HISTORY))
+    if taken:
+        raise ValueError(f"columns of the history itself cannot tell jobs apart: {', '.join(taken)}")
+    if data.train.labels.device.type != "cpu":
+        workers = 1
+    parallel = joblib.Parallel(n_jobs=min(workers, len(jobs)), return_as="generator")
+    histories = parallel(joblib.delayed(_train_job)(job, data) for job in jobs)
+    return pd.concat(progress_bar(histories, total=len(jobs), desc="trainings"), ignore_index=True)

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from bnn_utils import data
-from bnn_utils.files import write_beside
 from bnn_utils.models import build
+from bnn_utils.system import write_beside
 from bnn_utils.training import Recipe, train
 
 

@@ -1,0 +1,278 @@
+"""Binarization and its layers, against plain numpy and the definitions."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+from torch import nn
+
+from bnn_utils.layers import BinarizeConv2d, BinarizeLinear, binarize, binarized_weights, clamp_latent_weights
+
+FLOATS = st.floats(width=16)  # infinities and NaN among them; exact in each of the three dtypes
+DTYPES = (torch.float16, torch.float32, torch.float64)
+FALSE_ALARM = 1e-6
+
+
+def sign(x):
+    """+1 or -1 by the definition, one Python float at a time: a comparison with NaN is false."""
+    x = np.asarray(x.detach() if isinstance(x, torch.Tensor) else x)
+    return np.array([1.0 if value >= 0 else -1.0 for value in x.ravel().tolist()]).reshape(x.shape)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- binarize
+
+
+def test_binarize_at_its_edges():
+    x = torch.tensor([0.0, -0.0, 1e-45, -1e-45, math.inf, -math.inf, math.nan, -math.nan])
+    assert binarize(x).tolist() == [1, 1, 1, -1, 1, -1, -1, -1]
+
+
+@settings(deadline=None, max_examples=100)
+@given(values=st.lists(FLOATS, max_size=12), dtype=st.sampled_from(DTYPES), stochastic=st.booleans())
+def test_binarize_gives_a_sign_of_the_same_shape_and_dtype(values, dtype, stochastic):
+    x = torch.tensor(values, dtype=dtype).reshape(len(values), 1, 1)
+    before = x.clone()
+    y = binarize(x, stochastic)
+    assert (y.shape, y.dtype) == (x.shape, dtype)
+    assert set(y.flatten().tolist()) <= {-1.0, 1.0}
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+    outside = (x.abs() >= 1) | x.isnan()
+    assert y[outside].tolist() == sign(x[outside]).tolist()
+    if not stochastic:
+        assert y.tolist() == sign(x).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_binarize_refuses_integers(dtype):
+    with pytest.raises(TypeError, match=str(dtype)):
+        binarize(torch.ones(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_gradient_passes_where_x_is_at_most_one(stochastic):
+    just = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)).item()
+    x = torch.tensor([-math.inf, -2, -just, -1, -0.5, -0.0, 0, 0.5, 1, just, 2, math.inf, math.nan], requires_grad=True)
+    incoming = torch.arange(1.0, 14.0)
+    binarize(x, stochastic).backward(incoming)
+    assert x.grad.tolist() == [0, 0, 0, 4, 5, 6, 7, 8, 9, 0, 0, 0, 0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(values=st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=12), incoming=st.floats(-4, 4, width=32))
+def test_gradient_is_the_definition(values, incoming):
+    x = torch.tensor(values, requires_grad=True)
+    (binarize(x) * incoming).sum().backward()
+    assert x.grad.tolist() == [incoming if abs(value) <= 1 else 0 for value in values]
+
+
+@pytest.mark.parametrize("value", [-0.999, -0.5, 0.0, 0.3, 0.9])
+def test_stochastic_probability_is_the_hard_sigmoid(value):
+    torch.manual_seed(0)
+    n = 100_000
+    ones = int((binarize(torch.full((n,), value), stochastic=True) > 0).sum())
+    low, high = binom.interval(1 - FALSE_ALARM, n, (value + 1) / 2)
+    assert low <= ones <= high
+
+
+@pytest.mark.parametrize("value", [-math.inf, -3.0, -1.0, 1.0, 3.0, math.inf])
+def test_stochastic_ends_are_certain(value):
+    y = binarize(torch.full((100_000,), value), stochastic=True)
+    assert (y == math.copysign(1, value)).all()
+
+
+def test_stochastic_draws_follow_the_seed_and_differ_between_elements():
+    x = torch.zeros(1000)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(binarize(x, stochastic=True))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+# ---------------------------------------------------------------- the layers' values
+
+
+@pytest.mark.parametrize("binarize_input", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_against_numpy(binarize_input, bias):
+    layer = BinarizeLinear(7, 4, bias=bias, binarize_input=binarize_input).double()
+    x = randn(3, 2, 7)
+    inputs = sign(x) if binarize_input else x.numpy()
+    expected = np.zeros((3, 2, 4))
+    for output, weights in enumerate(sign(layer.weight)):
+        expected[..., output] = (inputs * weights).sum(-1)
+        expected[..., output] += layer.bias[output].item() if bias else 0
+    np.testing.assert_allclose(layer(x).detach(), expected, atol=1e-12)
+
+
+def convolve(x, weight, bias, stride, padding):
+    """A convolution tap by tap; a tap outside the image is left out."""
+    images, _, height, width = x.shape
+    outputs, _, kernel, _ = weight.shape
+    rows = (height + 2 * padding - kernel) // stride + 1
+    columns = (width + 2 * padding - kernel) // stride + 1
+    y = np.zeros((images, outputs, rows, columns)) + bias[:, None, None]
+    for row, column, i, j in np.ndindex(rows, columns, kernel, kernel):
+        at, beside = row * stride + i - padding, column * stride + j - padding
+        if 0 <= at < height and 0 <= beside < width:
+            y[:, :, row, column] += x[:, :, at, beside] @ weight[:, :, i, j].T
+    return y
+
+
+@pytest.mark.parametrize("binarize_input", [True, False])
+@pytest.mark.parametrize(("kernel", "stride", "padding", "bias"), [(3, 1, 1, True), (3, 2, 1, False), (1, 2, 0, True)])
+def test_convolution_against_loops(kernel, stride, padding, bias, binarize_input):
+    layer = BinarizeConv2d(2, 3, kernel, stride, padding, bias, binarize_input=binarize_input).double()
+    x = randn(2, 2, 6, 5)
+    inputs = sign(x) if binarize_input else x.numpy()
+    biases = layer.bias.detach().numpy() if bias else np.zeros(3)
+    expected = convolve(inputs, sign(layer.weight), biases, stride, padding)
+    np.testing.assert_allclose(layer(x).detach(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [BinarizeLinear(8, 3), BinarizeConv2d(2, 3, 3)])
+def test_layers_binarize_their_input_unless_told_otherwise(layer):
+    x = randn(2, 8).float() if isinstance(layer, BinarizeLinear) else randn(2, 2, 4, 4).float()
+    assert torch.equal(layer(x), layer(5 * x))
+    assert "binarize_input=True" in repr(layer)
+
+
+# ---------------------------------------------------------------- gradients through the layers
+
+
+def test_linear_gradients_by_the_chain_rule():
+    layer = BinarizeLinear(4, 2).double()
+    layer.weight.data = torch.tensor([[0.5, -1.0, 1.5, 0.0], [-0.2, 1.0, -3.0, 0.9]], dtype=torch.float64)
+    x = torch.tensor([[0.3, -0.7, 2.0, -1.0], [-1.2, 0.0, 0.9, 0.1]], dtype=torch.float64, requires_grad=True)
+    incoming = randn(2, 2)
+    layer(x).backward(incoming)
+    g, w_inside, x_inside = (t.detach().numpy() for t in (incoming, layer.weight.abs() <= 1, x.abs() <= 1))
+    np.testing.assert_allclose(layer.weight.grad, g.T @ sign(x) * w_inside, atol=1e-12)
+    np.testing.assert_allclose(x.grad, g @ sign(layer.weight) * x_inside, atol=1e-12)
+    np.testing.assert_allclose(layer.bias.grad, g.sum(0), atol=1e-12)
+
+
+def test_convolution_weight_gradient_by_the_chain_rule():
+    layer = BinarizeConv2d(2, 3, 3, padding=1, binarize_input=False).double()
+    layer.weight.data.mul_(8)  # some beyond 1
+    x, incoming = randn(2, 2, 4, 4), randn(2, 3, 4, 4, seed=1)
+    layer(x).backward(incoming)
+    # The output is linear in the signs, so the gradient of each is what that sign alone lets through.
+    for index in np.ndindex(*layer.weight.shape):
+        alone = np.zeros(layer.weight.shape)
+        alone[index] = 1
+        through = (convolve(x.numpy(), alone, np.zeros(3), 1, 1) * incoming.numpy()).sum()
+        expected = through if abs(layer.weight[index].item()) <= 1 else 0
+        assert layer.weight.grad[index].item() == pytest.approx(expected, abs=1e-12)
+    assert 0 < (layer.weight.grad == 0).sum() < layer.weight.numel()
+
+
+# ---------------------------------------------------------------- a layer is an ordinary module
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        BinarizeConv2d(1, 4, 3, padding=1, binarize_input=False),
+        nn.BatchNorm2d(4),
+        nn.Hardtanh(),
+        nn.Flatten(),
+        BinarizeLinear(4 * 5 * 5, 3),
+    )
+
+
+IMAGES = randn(6, 1, 5, 5).float()
+
+
+def test_forward_and_backward_leave_latent_weights_and_input_alone():
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    images = IMAGES.clone()
+    model(images).sum().backward()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
+    assert torch.equal(images, IMAGES)
+    assert all(vars(parameter) == {} for parameter in model.parameters())  # no state hidden on parameters
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_computes_the_same_and_is_its_own(clone):
+    model = network().eval()
+    model(IMAGES).sum().backward()
+    other = clone(model)
+    expected = model(IMAGES)
+    assert torch.equal(other(IMAGES), expected)
+    for weight in binarized_weights(other).values():
+        weight.data.neg_()
+    assert torch.equal(model(IMAGES), expected) and not torch.equal(other(IMAGES), expected)
+
+
+def test_state_dict_roundtrip():
+    model, other = network().eval(), network().eval()
+    for parameter in other.parameters():
+        parameter.data.neg_()
+    state = model.state_dict()
+    assert list(state)[:2] == ["0.weight", "0.bias"] and {"4.weight", "4.bias"} <= set(state)
+    assert not torch.equal(other(IMAGES), model(IMAGES))
+    other.load_state_dict(state)
+    assert torch.equal(other(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_network_gives_the_same_values_and_gradients(backend):
+    model = network()
+    compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
+    results = []
+    for module in (model, compiled):
+        x = IMAGES.clone().requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(parameter.grad for parameter in module.parameters())])
+    assert results[0][2].abs().sum() > 0
+    for plain, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, plain)
+    torch.compiler.reset()
+
+
+def test_per_sample_gradients_with_vmap():
+    layer = BinarizeLinear(5, 2)
+    x = randn(4, 5).float()
+
+    def loss(weight, sample):
+        return torch.func.functional_call(layer, {"weight": weight}, (sample,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(layer.weight.detach(), x)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(each.sum(0), layer.weight.grad)
+
+
+# ---------------------------------------------------------------- helpers over a network
+
+
+def test_binarized_weights_are_named_as_in_the_state_dict():
+    model = nn.Sequential(nn.Linear(3, 4), network())
+    weights = binarized_weights(model)
+    assert list(weights) == ["1.0.weight", "1.4.weight"]
+    assert all(weights[name].data_ptr() == model.state_dict()[name].data_ptr() for name in weights)
+    assert list(binarized_weights(BinarizeLinear(2, 2))) == ["weight"]
+
+
+def test_clamp_touches_binarized_weights_only():
+    model = nn.Sequential(network(), nn.Linear(3, 3))
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.linspace(-3, 3, parameter.numel()).view_as(parameter))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    clamp_latent_weights(model)
+    for name, tensor in model.state_dict().items():
+        expected = np.clip(before[name].numpy(), -1, 1) if name in ("0.0.weight", "0.4.weight") else before[name]
+        assert torch.equal(tensor, torch.as_tensor(expected)), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
