@@ -129,6 +129,8 @@ def run(
         raise ValueError(f"trials must be at least 1, got {trials}")
     if storage not in STORAGES:
         raise ValueError(f"unknown storage {storage!r}, expected one of {', '.join(STORAGES)}")
+    if not repairs:
+        raise ValueError('repairs must name at least one repair ("none" for the network as damaged)')
     for repair in repairs:
         if repair not in REPAIRS:
             raise ValueError(f"unknown repair {repair!r}, expected one of {', '.join(REPAIRS)}")

@@ -18,6 +18,7 @@ COLORS = {
     "resnet_binary": "#E69F00",
     "without shortcuts": "#009E73",
     "branch normalized": "#882255",
+    "normalized, no shortcuts": "#56B4E9",
     "none": "#0072B2",
     "clip": "#D55E00",
     "train": "#56B4E9",
@@ -163,7 +164,8 @@ def _damage_line(axis: Axes, table: pd.DataFrame, value: str, repair: str) -> No
         )
         p = means["probability"]
     else:
-        quartiles = table.groupby("probability")[value].quantile([0.25, 0.5, 0.75]).unstack()
+        worst = table.fillna({value: np.inf})  # left out, NaN would make the others look better
+        quartiles = worst.groupby("probability")[value].quantile([0.25, 0.5, 0.75]).unstack()
         low, middle, high = quartiles[0.25], quartiles[0.5], quartiles[0.75]
         p = quartiles.index
     axis.fill_between(p, scale * low, scale * high, color=drawn, alpha=0.2, lw=0)
@@ -382,32 +384,37 @@ def pictures(table: pd.DataFrame, columns: int = 8) -> Figure:
 
 
 def diagram(table: pd.DataFrame) -> Figure:
-    """Draw boxes joined by arrows; yellow boxes put out real numbers, blue ones only +1 and -1, grey ones integers.
+    """Draw boxes joined by arrows, coloured by what they put out: real numbers, +1 and -1, or whole numbers.
 
     Args:
-        table: columns name, x, y (a box's centre, in box widths and heights), text, values ("real", "±1" or
-            "integers"), after (names of the boxes that lead to it, separated by blanks).
+        table: columns name, x, y (a box's centre), text, values ("real", "sign" or "whole"), after (names of the boxes
+            that lead to it, separated by blanks).
     """
-    figure, axis = plt.subplots(figsize=(7.0, 2.5))
-    shades = {"real": "#F5D58A", "±1": "#9CCBEA", "integers": "0.88"}
-    boxes = table.set_index("name")
-    for _, box in boxes.iterrows():
+    figure, axis = plt.subplots(figsize=(7.0, 2.1))
+    shades = {"real": "#F5D58A", "sign": "#9CCBEA", "whole": "0.88"}
+    words = {"real": "real numbers", "sign": "+1 and −1", "whole": "whole numbers"}
+    boxes, drawn = table.set_index("name"), {}
+    axis.set(
+        xlim=(boxes["x"].min() - 0.5, boxes["x"].max() + 0.6), ylim=(boxes["y"].min() - 0.9, boxes["y"].max() + 0.4)
+    )
+    for name, box in boxes.iterrows():
         style = dict(boxstyle="round,pad=0.35", facecolor=shades[box["values"]], edgecolor="0.3")
-        axis.text(box["x"], box["y"], box["text"], ha="center", va="center", fontsize=9, bbox=style, zorder=2)
-    for _, box in boxes.iterrows():
+        drawn[name] = axis.text(box["x"], box["y"], box["text"], ha="center", va="center", fontsize=9, bbox=style)
+    figure.canvas.draw()  # the arrows end at the boxes' edges, which are known only now
+    for name, box in boxes.iterrows():
         for before in box["after"].split():
             start, end = (boxes.loc[before, "x"], boxes.loc[before, "y"]), (box["x"], box["y"])
             bend = "arc3" if start[1] == end[1] else "angle,angleA=0,angleB=90,rad=5"
             if start[1] < end[1]:
                 bend = "angle,angleA=90,angleB=0,rad=5"
-            arrow = dict(arrowstyle="-|>", color="0.3", connectionstyle=bend, shrinkA=17, shrinkB=19)
-            axis.annotate("", end, start, arrowprops=arrow, zorder=1)
+            ends = dict(
+                patchA=drawn[before].get_bbox_patch(), patchB=drawn[name].get_bbox_patch(), shrinkA=0, shrinkB=0
+            )
+            arrow = dict(arrowstyle="-|>", color="0.3", connectionstyle=bend, **ends)
+            axis.annotate("", end, start, arrowprops=arrow, zorder=4)
     for values, shade in shades.items():
-        axis.plot([], [], "s", ms=9, color=shade, mec="0.3", label=f"puts out {values}")
-    axis.legend(loc="lower center", ncols=3, fontsize=9, bbox_to_anchor=(0.5, -0.12))
-    axis.set(
-        xlim=(boxes["x"].min() - 0.5, boxes["x"].max() + 0.5), ylim=(boxes["y"].min() - 0.8, boxes["y"].max() + 0.5)
-    )
+        axis.plot([], [], "s", ms=9, color=shade, mec="0.3", label=words[values])
+    axis.legend(loc="lower center", ncols=3, fontsize=9)
     axis.axis("off")
     return figure
 
@@ -434,31 +441,32 @@ def seed_curves(history: pd.DataFrame) -> Figure:
             axis.plot(drawn["epoch"], 100 * drawn["mean"], color=color(name, index), label=label(name))
     axes[0].set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
     axes[1].set(xlabel="epoch", ylabel="weights that changed sign (%)", yscale="log")
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="lower right", fontsize=8)
     return figure
 
 
 def branch_sizes(table: pd.DataFrame) -> Figure:
-    """Draw how large the two signals are that each block adds up, as pairs of bars on a logarithmic axis.
+    """Draw how large the two signals are that each block adds up, and the second as a share of the first.
 
     Args:
-        table: columns block, convolution and shortcut (root mean square of each).
+        table: columns block, convolution and shortcut (root mean square of each), sqrt_n (what a sum of n independent
+            signs would have).
     """
     figure, axis = plt.subplots(figsize=(6.0, 3.0))
     places = np.arange(len(table))
-    axis.bar(places - 0.2, table["convolution"], 0.38, color="0.6", label="convolutions")
-    axis.bar(places + 0.2, table["shortcut"], 0.38, color=color("resnet_binary"), label="shortcut")
-    for place, share in enumerate(table["shortcut"] / table["convolution"]):
-        axis.text(place, 1.06 * table["convolution"].max(), f"{share:.0%}", ha="center", va="bottom", fontsize=9)
+    axis.plot(places, table["convolution"], "s", ms=8, color="0.35", label="convolutions")
+    axis.plot(places, table["sqrt_n"], "_", ms=16, mew=2, color="0.6", label="$\\sqrt{n}$")
+    axis.plot(places, table["shortcut"], "o", ms=8, color=color("resnet_binary"), label="shortcut")
+    for place, (shortcut, whole) in enumerate(zip(table["shortcut"], table["convolution"])):
+        axis.text(place, 1.3 * shortcut, f"{shortcut / whole:.0%}", ha="center", va="bottom", fontsize=9)
     axis.set_xticks(places, table["block"])
-    axis.set(yscale="log", ylim=(0.3, 5 * table["convolution"].max()), ylabel="root mean square", xlabel="block")
-    axis.legend(ncols=2, loc="upper center", fontsize=9)
-    axis.grid(False, axis="x")
+    axis.set(yscale="log", ylim=(0.3, 6 * table["convolution"].max()), ylabel="root mean square", xlabel="block")
+    axis.legend(ncols=3, loc="upper center", fontsize=9)
     return figure
 
 
 def gradient_sizes(table: pd.DataFrame) -> Figure:
-    """Draw the norm of the loss gradient at each block's output, geometric mean over seeds with its 95% interval.
+    """Draw the norm of the loss gradient at each block's input, geometric mean over seeds with its 95% interval.
 
     Args:
         table: columns network, seed, block, gradient (norm).
@@ -472,7 +480,7 @@ def gradient_sizes(table: pd.DataFrame) -> Figure:
         places = np.arange(len(blocks)) + 0.06 * (index - 1)
         axis.errorbar(places, middle, error, fmt="o-", capsize=3, color=color(name, index), label=label(name))
     axis.set_xticks(range(len(blocks)), blocks)
-    axis.set(yscale="log", xlabel="block (the loss is to the right)", ylabel="gradient norm at its output")
+    axis.set(yscale="log", xlabel="block (the loss is to the right)", ylabel="gradient norm at its input")
     axis.legend(fontsize=9)
     return figure
 

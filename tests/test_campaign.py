@@ -1,0 +1,332 @@
+"""Campaigns against a loop written out by hand, and intervals against exact statistics."""
+
+import math
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from bnn_utils import campaign
+from bnn_utils.campaign import aggregate, mean_interval, run
+from bnn_utils.data import Images
+from bnn_utils.faults import inject
+from bnn_utils.models import vgg_cifar10_binary
+from bnn_utils.repair import clip
+from bnn_utils.training import Evaluation
+
+COLUMNS = ["network", "dataset", "storage", "repair", "probability", "trial", "seed", "flips", "loss", "accuracy"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (40,), generator=generator)
+    return Images(pixels, labels, (0.5,), (0.25,), "noise", tuple("0123456789"))
+
+
+def bits_of(model):
+    return {name: x.numpy().tobytes() for name, x in model.state_dict().items()}
+
+
+def by_hand(model, images):
+    """Return (loss, accuracy) from the definition, in double precision."""
+    x = (images.pixels.float() / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        logits = model(x).double().numpy()
+    with np.errstate(all="ignore"):
+        top = logits.max(1, keepdims=True)
+        log_sum = np.log(np.exp(logits - top).sum(1)) + top[:, 0]
+        loss = np.mean(log_sum - logits[np.arange(len(x)), images.labels.numpy()])
+    predicted = [max(range(10), key=lambda c: (math.isnan(row[c]), row[c], -c)) for row in logits.tolist()]
+    return loss, np.mean(np.array(predicted) == images.labels.numpy())
+
+
+# The table
+
+
+def test_columns_rows_and_order(model, images):
+    table = run(model, images, [1e-2, 0.0, 1e-4], 3, repairs=("clip", "none"))
+    assert list(table.columns) == COLUMNS
+    expected = list(product([0.0, 1e-4, 1e-2], range(3), ["clip", "none"]))
+    assert list(table[["probability", "trial", "repair"]].itertuples(index=False, name=None)) == expected
+    assert set(table["network"]) == {"vgg_cifar10_binary"}
+    assert set(table["dataset"]) == {"noise"}
+    assert set(table["storage"]) == {"float32"}
+    assert table["accuracy"].between(0, 1).all()
+    assert table.groupby(["probability", "trial"])["seed"].nunique().eq(1).all()
+    assert table["seed"].nunique() == 9
+
+
+def test_equals_a_loop_by_hand(model, images):
+    table = run(model, images, [1e-4, 1e-2], 4, repairs=("none", "clip"), seed=3)
+    for row in table.to_dict("records"):
+        with inject(model, row["probability"], seed=row["seed"]) as flips:
+            if row["repair"] == "clip":
+                with clip(model):
+                    loss, accuracy = by_hand(model, images)
+            else:
+                loss, accuracy = by_hand(model, images)
+        assert row["flips"] == flips.total > 0
+        assert row["accuracy"] == accuracy
+        assert row["loss"] == pytest.approx(loss, rel=1e-6, nan_ok=True) or not math.isfinite(row["loss"])
+        assert math.isfinite(row["loss"]) == math.isfinite(loss)
+
+
+def test_repairs_see_the_same_damage(model, images):
+    together = run(model, images, [1e-3], 4, repairs=("none", "clip"))
+    flips = together.pivot(index="trial", columns="repair", values="flips")
+    assert (flips["none"] == flips["clip"]).all()
+    for repair in ("none", "clip"):
+        alone = run(model, images, [1e-3], 4, repairs=(repair,))
+        pd.testing.assert_frame_equal(alone, together[together["repair"] == repair].reset_index(drop=True))
+
+
+def test_a_trial_does_not_depend_on_the_rest_of_the_campaign(model, images):
+    reference = run(model, images, [1e-2], 3).set_index(["probability", "trial"])
+    for probabilities, trials in [([1e-4, 1e-2], 3), ([1e-2, 1e-4, 1e-2], 5)]:
+        table = run(model, images, probabilities, trials).set_index(["probability", "trial"])
+        pd.testing.assert_frame_equal(table.loc[reference.index], reference)
+    other = run(model, images, [1e-2], 3, seed=1)
+    assert not set(other["seed"]) & set(reference["seed"])
+
+
+def test_targets(model, images):
+    table = run(model, images, [1.0], 1, targets=("features.3.bias", "classifier.0.bias"))
+    sizes = model.features[3].bias.numel() + model.classifier[0].bias.numel()
+    assert table["flips"].tolist() == [32 * sizes]
+    named = run(model, images, [1.0], 1, targets="features.3.bias")
+    assert named["flips"].tolist() == [32 * model.features[3].bias.numel()]
+
+
+def test_no_flips_gives_the_undamaged_result(model, images):
+    loss, accuracy = by_hand(model, images)
+    table = run(model, images, [0.0, 1e-9], 5)
+    assert table["flips"].eq(0).all()
+    assert table["accuracy"].eq(accuracy).all()
+    assert table["loss"].nunique() == 1
+    assert table["loss"].iloc[0] == pytest.approx(loss, rel=1e-6)
+
+
+def spawned(workers):
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+@pytest.mark.parametrize("executor", [ThreadPoolExecutor, spawned])
+def test_an_executor_gives_the_same_table(model, images, tmp_path, executor):
+    campaign_of = dict(probabilities=[1e-2, 1e-3, 3e-2, 0.0], trials=3, repairs=("none", "clip"))
+    before = bits_of(model)
+    here = run(model, images, **campaign_of)
+    with executor(2) as workers:
+        there = run(model, images, **campaign_of, executor=workers, out=tmp_path / "t.csv")
+    pd.testing.assert_frame_equal(here, there)
+    pd.testing.assert_frame_equal(here, pd.read_csv(tmp_path / "t.csv"))
+    assert bits_of(model) == before
+
+
+def test_a_task_that_fails_leaves_the_finished_ones(model, images, tmp_path, monkeypatch):
+    class InOrder(Executor):
+        def submit(self, function, *arguments):
+            future = Future()
+            future.set_exception(KeyboardInterrupt()) if self.done else future.set_result(function(*arguments))
+            self.done = True
+            return future
+
+        done = False
+
+    monkeypatch.setattr(campaign, "as_completed", iter)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, images, [1e-2, 1e-3], 2, executor=InOrder(), out=tmp_path / "t.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), run(model, images, [1e-3], 2))
+
+
+# What it leaves behind
+
+
+def test_csv_holds_the_table(model, images, tmp_path):
+    table = run(model, images, [1e-2, 0.3], 3, repairs=("none", "clip"), out=tmp_path / "t.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), table)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_network_is_given_back(model, images):
+    with torch.no_grad():
+        model.features[1].bias[0] = math.nan
+    model.train()
+    before = bits_of(model)
+    run(model, images, [0.5, 1e-3], 2, repairs=("none", "clip"))
+    assert bits_of(model) == before
+    assert model.training
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_half_way(model, images, tmp_path, monkeypatch, raised):
+    before = bits_of(model)
+    whole = run(model, images, [1e-2, 1e-3], 3, repairs=("none", "clip"))
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 8:  # in the second half of the fourth trial
+            raise raised
+        return evaluate(*arguments)
+
+    evaluate = campaign.evaluate
+    monkeypatch.setattr(campaign, "evaluate", interrupted)
+    with pytest.raises(raised):
+        run(model, images, [1e-2, 1e-3], 3, repairs=("none", "clip"), out=tmp_path / "t.csv")
+    assert bits_of(model) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), whole.iloc[:6])
+
+
+def test_rows_are_there_as_trials_finish(model, images, tmp_path, monkeypatch):
+    lengths = []
+
+    def watched(*arguments):
+        out = tmp_path / "t.csv"
+        lengths.append(len(pd.read_csv(out)) if out.exists() else 0)
+        return Evaluation(1.0, 0.5)
+
+    monkeypatch.setattr(campaign, "evaluate", watched)
+    run(model, images, [1e-2, 1e-3], 2, out=tmp_path / "t.csv")
+    assert lengths == [0, 1, 2, 3]
+
+
+def test_failing_to_write_leaves_the_network_as_it_was(model, images, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    before = bits_of(model)
+    monkeypatch.setattr(campaign, "write_beside", full)
+    with pytest.raises(OSError, match="disk full"):
+        run(model, images, [1e-2], 2, out=tmp_path / "t.csv")
+    assert bits_of(model) == before
+
+
+def test_existing_file_is_left_alone(model, images, tmp_path):
+    out = tmp_path / "t.csv"
+    out.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"t\.csv"):
+        run(model, images, [1e-2], 1, out=out)
+    assert out.read_text() == "precious"
+    with pytest.raises(FileExistsError):
+        run(model, images, [1e-2], 1, out=tmp_path)
+
+
+def test_missing_folder_is_not_made(model, images, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(model, images, [1e-2], 1, out=tmp_path / "nowhere" / "t.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(trials=0),
+        dict(trials=-1),
+        dict(probabilities=[]),
+        dict(probabilities=[0.1, math.nan]),
+        dict(probabilities=[0.1, 1.5]),
+        dict(probabilities=[-1e-9]),
+        dict(storage="float16"),
+        dict(repairs=("none", "pray")),
+        dict(targets=("weights", "nothing")),
+        dict(seed=-1),
+    ],
+)
+def test_wrong_arguments(model, images, tmp_path, arguments):
+    arguments = dict(probabilities=[0.1], trials=1) | arguments
+    before = bits_of(model)
+    with pytest.raises(ValueError):
+        run(model, images, **arguments, out=tmp_path / "t.csv")
+    assert list(tmp_path.iterdir()) == []
+    assert bits_of(model) == before
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("n", [2, 3, 20, 200])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+def test_interval_is_students(n, confidence):
+    values = np.random.default_rng(n).normal(5, 2, n)
+    mean, half = mean_interval(values, confidence)
+    low, high = stats.t.interval(confidence, n - 1, loc=np.mean(values), scale=stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-12)
+
+
+def test_interval_of_a_worked_example():
+    # 2, 4, 6: mean 4, standard deviation 2, t(0.975; 2 degrees of freedom) = 4.302653, so 4.302653 * 2 / sqrt(3)
+    assert mean_interval([2, 4, 6]) == pytest.approx((4, 4.968275), abs=1e-5)
+
+
+def test_interval_of_too_few_or_unusual_values():
+    mean, half = mean_interval([3.5])
+    assert mean == 3.5
+    assert math.isnan(half)
+    assert all(math.isnan(x) for x in mean_interval([]))
+    assert all(math.isnan(x) for x in mean_interval([1.0, math.nan, 2.0]))
+    mean, half = mean_interval([1.0, math.inf])
+    assert mean == math.inf
+    assert math.isnan(half)
+    assert mean_interval([0.25, 0.25, 0.25]) == (0.25, 0.0)
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    draws, n = 3000, 5
+    samples = np.random.default_rng(0).normal(10, 3, (draws, n))
+    covered = sum(abs(mean - 10) <= half for mean, half in map(mean_interval, samples))
+    assert stats.binom.ppf(5e-7, draws, 0.95) <= covered <= stats.binom.isf(5e-7, draws, 0.95)
+
+
+def test_aggregate_by_hand():
+    rng = np.random.default_rng(1)
+    rows = [
+        dict(network=network, dataset="noise", storage="float32", repair=repair, probability=p, trial=trial, seed=trial)
+        | dict(flips=int(rng.integers(100)), loss=rng.exponential(), accuracy=rng.random())
+        for network, repair, p, trial in product(["a", "b"], ["none", "clip"], [1e-3, 1e-2], range(4))
+    ]
+    table = pd.DataFrame(rows)
+    broken = (table["network"] == "a") & (table["repair"] == "clip") & (table["probability"] == 1e-3)
+    table.loc[broken & (table["trial"] == 1), "loss"] = math.inf
+    table.loc[broken & (table["trial"] == 2), "loss"] = math.nan
+
+    keys = ["network", "dataset", "storage", "repair", "probability"]
+    means = aggregate(table).set_index(keys)
+    groups = table.groupby(keys)
+    assert len(means) == groups.ngroups == 8
+    for key, group in groups:
+        row = means.loc[key]
+        assert row["trials"] == 4
+        assert row["flips"] == group["flips"].mean()
+        factor = stats.t.ppf(0.975, 3) / 2  # sqrt(4 trials)
+        assert row["accuracy"] == pytest.approx(group["accuracy"].mean())
+        assert row["accuracy_half"] == pytest.approx(factor * group["accuracy"].std())
+        if key == ("a", "noise", "float32", "clip", 1e-3):
+            assert row["not_finite"] == 2
+            assert not math.isfinite(row["loss"])
+        else:
+            assert row["not_finite"] == 0
+            assert row["loss"] == pytest.approx(group["loss"].mean())
+            assert row["loss_half"] == pytest.approx(factor * group["loss"].std())
+
+
+def test_aggregate_of_a_campaign(model, images):
+    table = run(model, images, [1e-2, 1e-4], 3, repairs=("none", "clip"))
+    means = aggregate(table, values=("accuracy",))
+    assert list(means["probability"]) == [1e-4, 1e-4, 1e-2, 1e-2]
+    assert list(means["repair"]) == ["none", "clip"] * 2
+    assert "loss" not in means
+    assert means["trials"].eq(3).all()

@@ -1,0 +1,435 @@
+"""Checkpoints come back bit for bit, broken ones are told in one line, and none of them runs code."""
+
+import itertools
+import json
+import math
+import os
+import pickle
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import bnn_utils
+from bnn_utils import checkpoints
+from bnn_utils.checkpoints import CheckpointError, load, save
+from bnn_utils.models import build, resnet_binary, vgg_cifar10_binary
+
+PATTERNS = (0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFC12345, 0x00000001, 0x807FFFFF)
+SMALLEST = dict(width=5e-5, in_channels=1, input_size=8)  # one channel everywhere
+
+
+def vgg(width=8 / 384, seed=0, **config):
+    torch.manual_seed(seed)
+    return vgg_cifar10_binary(**(dict(width=width, in_channels=1, input_size=8) | config)).eval()
+
+
+def resnet(width=0.1, seed=0, **config):
+    torch.manual_seed(seed)
+    return resnet_binary(**(dict(width=width, in_channels=1, input_size=8) | config)).eval()
+
+
+def bits_of(model):
+    return {name: (tuple(x.shape), x.numpy().tobytes()) for name, x in model.state_dict().items()}
+
+
+def shuffle_statistics(model):
+    """Give BatchNorm something to say, so that equal logits mean something."""
+    with torch.no_grad():
+        for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+            if tensor.dim() == 1 and tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) + 0.5 if name.endswith("var") else torch.randn_like(tensor))
+    return model
+
+
+def logits(model, size=8, channels=1):
+    x = torch.randn(4, channels, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(x)
+
+
+def refused(path):
+    """Return what loading says, which must be one line that names the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError) as caught:
+            load(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+# Save and load
+
+
+@pytest.mark.parametrize("build_model", [vgg, resnet, lambda: resnet(depth=8, shortcut=False), lambda: vgg(width=0.03)])
+def test_comes_back_bit_for_bit(tmp_path, build_model):
+    model = build_model()
+    for index, parameter in enumerate(model.parameters()):
+        bits = parameter.detach().view(-1).view(torch.int32)
+        bits[0] = int(np.uint32(PATTERNS[index % len(PATTERNS)]).view(np.int32))
+    save(tmp_path / "a", model)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    loaded, facts = load(tmp_path / "a")
+    assert bits_of(loaded) == bits_of(model)
+    assert type(loaded) is type(model)
+    assert loaded.config == model.config == facts["config"]
+    assert facts["network"] == model.name
+    assert not any(module.training for module in loaded.modules())
+
+
+def test_saving_does_not_change_the_network(tmp_path):
+    model = vgg().train().to(memory_format=torch.channels_last)
+    before = bits_of(model)
+    save(tmp_path / "a", model)
+    assert model.training
+    assert not model.features[3].weight.is_contiguous()
+    assert bits_of(model) == bits_of(load(tmp_path / "a")[0]) == before
+
+
+def test_facts_come_back(tmp_path):
+    facts = dict(dataset="CIFAR-10 (JPEG)", classes=["ü", "b"], mean=[0.1, 1 / 3], accuracy=0.1 + 0.2, epochs=3)
+    facts |= dict(recipe={"lr": 5e-3, "nested": [1, None, True]})
+    save(tmp_path / "a", vgg(), **facts)
+    loaded = load(tmp_path / "a")[1]
+    assert {key: loaded[key] for key in facts} == facts
+    assert loaded["versions"] == {"bnn_utils": bnn_utils.__version__, "torch": torch.__version__}
+
+
+def test_others_can_read_it(tmp_path):
+    model = vgg()
+    save(tmp_path / "a.safetensors", model, seed=3)
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert tensors.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
+    assert json.loads(header["__metadata__"]["facts"])["seed"] == 3
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a"])
+def test_loads_whatever_the_length_of_its_header(tmp_path, name):
+    # The file starts with that length: its first byte may be 0x80, as pickles start, its first two "PK", as zips do.
+    model = vgg(**SMALLEST)
+    starts = set()
+    for padding in [*range(0, 256, 8), *range(14000, 15000, 8)]:
+        save(tmp_path / name, model, padding="x" * padding)
+        start = (tmp_path / name).read_bytes()[:2]
+        starts |= {start[:1], start}
+        if start[:1] == b"\x80" or start == b"PK":
+            assert bits_of(load(tmp_path / name)[0]) == bits_of(model)
+    assert b"\x80" in starts
+    assert b"PK" in starts or name != "a"
+
+
+def test_replaces_what_was_there(tmp_path):
+    save(tmp_path / "a", vgg(seed=0))
+    save(tmp_path / "a", vgg(seed=1))
+    assert bits_of(load(tmp_path / "a")[0]) == bits_of(vgg(seed=1))
+
+
+@pytest.mark.parametrize("raised", [OSError, KeyboardInterrupt])
+def test_failing_half_way_leaves_the_old_file_whole(tmp_path, monkeypatch, raised):
+    save(tmp_path / "a", vgg(seed=0))
+    before = (tmp_path / "a").read_bytes()
+
+    def half(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        whole = Path(path).read_bytes()
+        Path(path).write_bytes(whole[: len(whole) // 2])
+        raise raised
+
+    monkeypatch.setattr(checkpoints, "save_file", half)
+    for name in ("a", "b"):
+        with pytest.raises(raised):
+            save(tmp_path / name, vgg(seed=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(TypeError, match="Sequential"):
+        save(tmp_path / "a", nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(TypeError):
+        save(tmp_path / "a", vgg(), tensor=torch.zeros(2))
+    with pytest.raises(OSError, match="nowhere"):
+        save(tmp_path / "nowhere" / "a", vgg())
+    assert list(tmp_path.iterdir()) == []
+
+
+# Broken files
+
+
+def test_every_truncation_is_told(tmp_path):
+    path = tmp_path / "a"
+    save(path, vgg(**SMALLEST))
+    raw = path.read_bytes()
+    for length in range(len(raw)):
+        os.truncate(path, len(raw) - 1 - length)
+        with pytest.raises(CheckpointError):
+            load(path)
+    assert len(raw) > 4000
+
+
+def test_a_flipped_bit_in_the_header_is_told_or_does_no_harm(tmp_path):
+    path = tmp_path / "a"
+    model = vgg(**SMALLEST)
+    expected = bits_of(model)
+    save(path, model)
+    raw = bytearray(path.read_bytes())
+    header = 8 + struct.unpack("<Q", raw[:8])[0]
+    rng = np.random.default_rng(0)
+    flips = [(at, bit) for at in range(10) for bit in range(8)]
+    flips += zip(rng.integers(0, header, 500).tolist(), rng.integers(0, 8, 500).tolist())
+    told = 0
+    for at, bit in flips:
+        raw[at] ^= 1 << bit
+        path.write_bytes(raw)
+        raw[at] ^= 1 << bit
+        try:
+            loaded, _ = load(path)
+        except CheckpointError:
+            told += 1
+        else:
+            assert bits_of(loaded) == expected, (at, bit)
+    assert told > len(flips) // 2
+
+
+def test_a_flipped_bit_among_the_tensors_loads(tmp_path):
+    # The format has no checksum of its tensors: a damaged number is read as that number.
+    path = tmp_path / "a"
+    save(path, vgg(**SMALLEST))
+    raw = bytearray(path.read_bytes())
+    header = 8 + struct.unpack("<Q", raw[:8])[0]
+    for at in np.random.default_rng(1).integers(header, len(raw), 50):
+        raw[at] ^= 0x10
+        path.write_bytes(raw)
+        load(path)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([b"", b"PK", b"PK\x03\x04", b"\x80\x02", b"\x80", b"\x10\0\0\0\0\0\0\0{"]), st.binary(max_size=300)
+)
+def test_random_bytes(tmp_path_factory, start, rest):
+    path = tmp_path_factory.mktemp("random") / "a"
+    path.write_bytes(start + rest)
+    refused(path)
+
+
+def test_nothing_to_read(tmp_path):
+    assert "no such" in refused(tmp_path / "missing")
+    assert "no such" in refused(tmp_path)
+    (tmp_path / "empty").touch()
+    refused(tmp_path / "empty")
+
+
+def test_safetensors_of_others(tmp_path):
+    path = tmp_path / "a.safetensors"
+    state = vgg().state_dict()
+    facts = {"network": "vgg_cifar10_binary", "config": vgg().config}
+    save_file(state, path)
+    assert "format" in refused(path)
+    save_file(state, path, metadata={"format": "pt"})
+    assert "format" in refused(path)
+    for text in ("{", "[]", "3", "null", '"network"', "{}", json.dumps(facts | {"config": 3})):
+        save_file(state, path, metadata={"format": "bnn_utils/1", "facts": text})
+        refused(path)
+    save_file(state, path, metadata={"format": "bnn_utils/1"})
+    refused(path)
+    save_file(state, path, metadata={"format": "bnn_utils/1", "facts": json.dumps(facts)})
+    assert bits_of(load(path)[0]) == bits_of(vgg())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(network="resnet_binary"),
+        dict(network="alexnet"),
+        dict(config=vgg(width=0.05).config),
+        dict(config=vgg(num_classes=3).config),
+        dict(config=vgg(input_size=16).config),
+        dict(config=vgg(in_channels=3).config),
+        dict(config={**vgg().config, "width": math.nan}),
+        dict(config={**vgg().config, "depth": 18}),
+    ],
+)
+def test_another_network_or_size(tmp_path, change):
+    path = tmp_path / "a"
+    facts = {"network": "vgg_cifar10_binary", "config": vgg().config} | change
+    save_file(vgg().state_dict(), path, metadata={"format": "bnn_utils/1", "facts": json.dumps(facts)})
+    message = refused(path)
+    assert len(message) < 500 + len(str(path))
+
+
+def test_a_missing_and_a_foreign_tensor(tmp_path):
+    facts = json.dumps({"network": "vgg_cifar10_binary", "config": vgg().config})
+    state = vgg().state_dict()
+    missing = {name: value for name, value in state.items() if name != "features.3.bias"}
+    for tensors, word in [(missing, "features.3.bias"), ({**state, "extra": torch.zeros(1)}, "extra")]:
+        save_file(tensors, tmp_path / "a", metadata={"format": "bnn_utils/1", "facts": facts})
+        assert word in refused(tmp_path / "a")
+
+
+# The published lineage
+
+
+def published(model, prefix="", **more):
+    """Return what BinaryNet.pytorch's main script saves."""
+    state = {prefix + name: value.clone() for name, value in model.state_dict().items()}
+    if model.name == "resnet_binary":  # it declares a BatchNorm in its last block and never calls it
+        blocks = 1 + max(int(name.split(".")[1]) for name in model.state_dict() if name.startswith("layer3."))
+        width = model.state_dict()["bn2.weight"].shape
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{prefix}layer3.{blocks - 1}.bn2.{key}"] = torch.full(width, 7.0)
+        state[f"{prefix}layer3.{blocks - 1}.bn2.num_batches_tracked"] = torch.tensor(5)
+    return {
+        "epoch": 81,
+        "model": model.name,
+        "config": "",
+        "state_dict": state,
+        "best_prec1": torch.tensor(91.7),
+        "regime": {0: {"optimizer": "Adam", "lr": 5e-3}, 101: {"lr": 1e-3}, 142: {"lr": 5e-4}},
+    } | more
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: vgg(),
+        lambda: vgg(width=24 / 384, in_channels=3, input_size=32, num_classes=7),
+        lambda: resnet(),
+        lambda: resnet(depth=20, in_channels=3, num_classes=100),
+        lambda: resnet(depth=8, width=0.2),
+    ],
+)
+def test_published_checkpoints_give_their_logits(tmp_path, source, prefix, zipped):
+    model = shuffle_statistics(source())
+    path = tmp_path / "model_best.pth.tar"
+    torch.save(published(model, prefix), path, _use_new_zipfile_serialization=zipped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded, facts = load(path)
+    size, channels = model.config.get("input_size", 8), model.config["in_channels"]
+    assert torch.equal(logits(loaded, size, channels), logits(model, size, channels))
+    assert facts["network"] == model.name
+    assert facts["epochs"] == 81
+    for key in facts["config"]:
+        assert facts["config"][key] == pytest.approx(model.config[key]), key
+    assert {"num_classes", "width", "in_channels"} < set(facts["config"])
+    assert ("depth" if model.name == "resnet_binary" else "input_size") in facts["config"]
+    assert len(facts.get("mean", [0] * channels)) == channels  # fits its images
+    assert not loaded.training
+
+
+def test_published_sizes_are_recognized():
+    with torch.device("meta"):
+        for name, config in [("vgg_cifar10_binary", dict(input_size=32)), ("resnet_binary", dict(depth=18))]:
+            state = build(name).state_dict()
+            found = checkpoints._recognize(Path("x"), state)
+            assert found == dict(
+                network=name, config=dict(num_classes=10, width=1.0, in_channels=3) | config
+            )  # the sizes of the published networks
+
+
+def test_a_bare_state_dict_and_old_files_without_batch_counters(tmp_path):
+    model = shuffle_statistics(vgg())
+    state = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "a")
+    assert torch.equal(logits(load(tmp_path / "a")[0]), logits(model))
+
+
+def test_published_and_own_form_of_one_network(tmp_path):
+    model = shuffle_statistics(resnet())
+    torch.save(published(model), tmp_path / "a")
+    loaded, facts = load(tmp_path / "a")
+    save(tmp_path / "b", loaded, **{key: facts[key] for key in ("source", "epochs")})
+    assert torch.equal(logits(load(tmp_path / "b")[0]), logits(model))
+
+
+class Writes:
+    """A pickle that writes a file when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.write_text, (Path(self.path), "run")
+
+
+@pytest.mark.parametrize("where", ["best_prec1", "state_dict", "all"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "pickle protocol 5"])
+def test_code_is_refused_and_not_run(tmp_path, where, form):
+    marker, path = tmp_path / "marker", tmp_path / "a"
+    content = published(vgg())
+    if where == "all":
+        content = Writes(marker)
+    elif where == "state_dict":
+        content["state_dict"]["features.0.bias"] = Writes(marker)
+    else:
+        content[where] = Writes(marker)
+    if form.startswith("pickle"):
+        path.write_bytes(pickle.dumps(content, protocol=5 if "5" in form else 2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    refused(path)
+    assert not marker.exists()
+    if form == "pickle":  # it is no empty threat
+        pickle.loads(path.read_bytes())
+        assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        3,
+        [1, 2],
+        {},
+        {"state_dict": None},
+        {"state_dict": {}},
+        {"state_dict": {"features.0.weight": 3}},
+        {"state_dict": {"features.0.weight": torch.zeros(())}},
+        {"state_dict": {"conv1.weight": torch.zeros(()), "fc.weight": torch.zeros(())}},
+        {"state_dict": {"features.0.weight": torch.zeros(8, 1, 3, 3)}},
+        {"state_dict": nn.Linear(2, 2).state_dict()},
+        {"state_dict": {1: torch.zeros(2)}},
+        {"state_dict": vgg(width=0.03).state_dict()},  # 12, 12, 23, ... channels: no multiple of the published ones
+        {"state_dict": {k: v for k, v in resnet().state_dict().items() if not k.startswith("layer1")}},
+        {"state_dict": {k: v[:1] if v.dim() else v for k, v in vgg().state_dict().items()}},
+    ],
+)
+def test_torch_files_of_other_things(tmp_path, content):
+    torch.save(content, tmp_path / "a")
+    refused(tmp_path / "a")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["a.pth.tar", "a.safetensors"])
+def test_broken_torch_files(tmp_path, zipped, name):
+    path = tmp_path / name
+    torch.save(published(vgg(**SMALLEST)), path, _use_new_zipfile_serialization=zipped)
+    raw = path.read_bytes()
+    rng = np.random.default_rng(2)
+    for length in [*range(0, 40), *rng.integers(40, len(raw) - 1, 80).tolist()]:
+        path.write_bytes(raw[:length])
+        refused(path)
+    for at, bit in zip(rng.integers(0, 3000, 120), rng.integers(0, 8, 120)):
+        broken = bytearray(raw)
+        broken[at] ^= 1 << int(bit)
+        path.write_bytes(broken)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                load(path)
+            except CheckpointError as error:
+                assert "\n" not in str(error)

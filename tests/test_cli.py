@@ -1,0 +1,463 @@
+"""The command line as a user meets it: what it prints, what it keeps, and one line for every mistake."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from scipy import stats
+from torch import nn
+
+from bnn_utils import __main__ as cli
+from bnn_utils import campaign, checkpoints, data
+from bnn_utils.models import resnet_binary, vgg_cifar10_binary
+from bnn_utils.training import evaluate
+
+ROOT = Path(cli.__file__).parents[1]
+DIGITS = "train --model vgg_cifar10_binary --dataset digits"
+TRAIN = f"{DIGITS} --width 0.05 --batch-size 128 --seed 3".split()
+
+
+def run(arguments):
+    """Return the exit status of the command line, whichever way it ends."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        return stopped.code
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def pictures(folder, classes, per_class=3, size=(8, 8)):
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(per_class):
+            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Make a folder with a trained run and with everything that can be wrong."""
+    world = tmp_path_factory.mktemp("world")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(world)
+    assert run([*TRAIN, "--epochs", 2, "--results-dir", world / "results", "--save", "run"]) == 0
+    best = world / "results/run/best.safetensors"
+
+    (world / "empty").mkdir()
+    (world / "a-file").write_text("no folder")
+    (world / "trials.csv").write_text("precious")
+    pictures(world / "pictures/train", "ab")
+    pictures(world / "pictures/test", "ab")
+    pictures(world / "differing/train", "ab")
+    pictures(world / "differing/test", "ac")
+    pictures(world / "broken/train", "ab")
+    pictures(world / "broken/test", "ab")
+    (world / "broken/test/b/1.png").write_text("not a picture")
+    pictures(world / "halved/train", "ab")
+    pictures(world / "halved/test", "ab")
+    whole = (world / "halved/train/a/2.png").read_bytes()
+    (world / "halved/train/a/2.png").write_bytes(whole[: len(whole) // 2])
+    pictures(world / "oblong/train", "ab", size=(16, 8))
+    pictures(world / "oblong/test", "ab", size=(16, 8))
+    pictures(world / "odd/train", "ab", size=(9, 9))
+    pictures(world / "odd/test", "ab", size=(9, 9))
+    (world / "no-test/train/a").mkdir(parents=True)
+
+    (world / "zero.safetensors").touch()
+    whole = best.read_bytes()
+    (world / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (world / "lying.safetensors").write_bytes(whole.replace(b"0.05", b"0.06"))  # tells another width than it has
+    torch.save({"state_dict": nn.Linear(2, 2).state_dict()}, world / "linear.pth.tar")
+    torch.save({"state_dict": {"features.0.weight": Marks(world / "marker")}}, world / "code.pth.tar")
+    for name, model in {
+        "colour": vgg_cifar10_binary(width=0.02, in_channels=3, input_size=8),
+        "larger": vgg_cifar10_binary(width=0.02, in_channels=1, input_size=16),
+        "three": resnet_binary(width=0.02, in_channels=1, input_size=8, num_classes=3),
+    }.items():
+        checkpoints.save(world / f"{name}.safetensors", model)
+    (world / "results/broken-state").mkdir()
+    state = (world / "results/run/last.pt").read_bytes()
+    (world / "results/broken-state/last.pt").write_bytes(state[: len(state) // 2])
+    (world / "results/foreign-state").mkdir()
+    torch.save({"identity": {}}, world / "results/foreign-state/last.pt")
+    yield world
+    patch.undo()
+
+
+class Marks:
+    """A pickle that makes a file when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def best(world):
+    return world / "results/run/best.safetensors"
+
+
+# What the three commands do
+
+
+def test_train_keeps_what_it_says(tmp_path, capsys):
+    assert run([*TRAIN, "--epochs", 2, "--results-dir", tmp_path / "r", "--save", "mine"]) == 0
+    printed = capsys.readouterr().out
+    folder = tmp_path / "r/mine"
+    assert {path.name for path in folder.iterdir()} == {"best.safetensors", "last.pt", "history.csv"}
+    model, facts = checkpoints.load(folder / "best.safetensors")
+    assert model.config == dict(num_classes=10, width=0.05, in_channels=1, input_size=8)
+    history = pd.read_csv(folder / "history.csv")
+    assert list(history["epoch"]) == [1, 2]
+    assert len(re.findall(r"^epoch +\d+ ", printed, re.M)) == 2
+
+    test = data.digits().test
+    result = evaluate(model, test)
+    assert facts["test_accuracy"] == result.accuracy
+    assert facts["test_loss"] == pytest.approx(result.loss)
+    assert f"test: loss {result.loss:.4f}, acc {result.accuracy:.4f} on 360 images of digits" in printed
+    assert facts["validation_accuracy"] == history["validation_accuracy"].max()
+    assert history["validation_accuracy"].iloc[facts["epoch"] - 1] == facts["validation_accuracy"]
+    assert facts["recipe"]["epochs"] == 2
+    assert facts["recipe"]["seed"] == 3
+    assert (facts["mean"], facts["std"]) == (list(test.mean), list(test.std))
+
+
+def test_name_of_the_model_is_the_default_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = dict(model="resnet_binary", dataset="digits", width=0.02, epochs=1) | {"batch-size": 512}
+    arguments = ["train", *(f"--{name}={value}" for name, value in options.items())]
+    assert run(arguments) == 0
+    assert (tmp_path / "results/resnet_binary/best.safetensors").is_file()
+
+
+def test_evaluate(best, capsys):
+    model, _ = checkpoints.load(best)
+    test = data.digits().test
+    for limit in (None, 25):
+        images = test.limit(limit)
+        result = evaluate(model, images)
+        assert run(["evaluate", "-e", best, "--dataset", "digits", *(["--limit", limit] if limit else [])]) == 0
+        expected = f"loss {result.loss:.4f}, acc {result.accuracy:.4f} on {len(images)} test images of digits\n"
+        assert capsys.readouterr().out == expected
+
+
+def test_evaluate_a_published_checkpoint_on_pictures(world, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = vgg_cifar10_binary(width=8 / 384, num_classes=2, input_size=8).eval()
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "model_best.pth.tar")
+    folder = world / "pictures"
+    assert run(["evaluate", "-e", tmp_path / "model_best.pth.tar", "--dataset", "images", "--data-path", folder]) == 0
+    pixels = np.stack([np.asarray(Image.open(p)) for p in sorted(folder.glob("test/*/*.png"))]) / np.float32(255)
+    x = torch.from_numpy((pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).float().permute(0, 3, 1, 2)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model(x), torch.tensor([0, 0, 0, 1, 1, 1])).item()
+    assert f"loss {loss:.4f}" in capsys.readouterr().out
+
+
+PAIR = r"\{(\S+) ± (\S+)\}"
+
+
+def test_damage_prints_the_published_form(best, tmp_path, capsys):
+    out = tmp_path / "t.csv"
+    chosen = ["--probabilities", "1e-4", "1e-2", "--trials", 5, "--limit", 60, "--seed", 2, "--out", out]
+    assert run(["damage", "-e", best, "--dataset", "digits", *chosen]) == 0
+    lines = capsys.readouterr().out.splitlines()
+
+    model, _ = checkpoints.load(best)
+    images = data.digits().test.limit(60)
+    original = evaluate(model, images)
+    table = campaign.run(model, images, [1e-2, 1e-4], 5, repairs=("none", "clip"), seed=2)
+    pd.testing.assert_frame_equal(pd.read_csv(out), table)
+
+    assert lines[1] == f"original model ==> loss:{{{original.loss:.3f}}}, acc:{{{original.accuracy:.3f}}}"
+    assert lines[2] == "damaged model ==>"
+    at = 3
+    for probability, text in [(1e-2, "0.01"), (1e-4, "0.0001")]:
+        assert re.match(rf"damage probability:  {text}(\s|$)", lines[at])
+        for repair, word in [("none", "damaged"), ("clip", "clipped")]:
+            at += 1
+            form = rf"{word} loss:{PAIR}, {word} acc:{PAIR}, loss rate:{PAIR}, acc rate:{PAIR}"
+            numbers = [float(x) for x in re.match(form, lines[at]).groups()]
+            rows = table[(table["probability"] == probability) & (table["repair"] == repair)]
+            expected = []
+            for values in (rows["loss"], rows["accuracy"]):
+                expected += [values.mean(), stats.t.ppf(0.975, 4) * stats.sem(values)]
+            expected += [x / original.loss for x in expected[:2]] + [x / original.accuracy for x in expected[2:4]]
+            np.testing.assert_allclose(numbers, expected, atol=5.001e-4, rtol=5e-3)
+        at += 1
+    assert at == len(lines)
+
+
+def test_damage_of_one_trial_has_no_interval(best, capsys):
+    chosen = ["--limit", 20, "--trials", 1, "--probabilities", "0.01", "0.01", "--repair", "none", "none"]
+    assert run(["damage", "-e", best, "--dataset", "digits", *chosen]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert re.match(r"damaged loss:\{\S+ ± nan\}, damaged acc:\{0\.\d{3} ± nan\}", lines[4])
+
+
+def test_nothing_right_has_no_rate():
+    table = pd.DataFrame(
+        [
+            dict(network="n", dataset="d", storage="float32", repair="none", probability=0.1, trial=trial, seed=trial)
+            | dict(flips=3, loss=loss, accuracy=0.0)
+            for trial, loss in enumerate([1.0, np.inf, np.nan])
+        ]
+    )
+    text = cli.published_form(table, cli.Evaluation(2.0, 0.0))
+    assert "acc rate:{nan ± nan}" in text
+    assert "not finite in 2 of 3 trials" in text
+
+
+def test_help(capsys):
+    assert run(["--help"]) == 0
+    assert "{train,evaluate,damage}" in capsys.readouterr().out
+    for command, option in [("train", "--resume"), ("evaluate", "--limit"), ("damage", "--probabilities")]:
+        assert run([command, "--help"]) == 0
+        assert option in capsys.readouterr().out
+
+
+# Interrupted and resumed
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys):
+    def interrupted(row):
+        print_epoch(row)
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    train = [*TRAIN, "--epochs", 4, "--results-dir", tmp_path]
+    assert run([*train, "--save", "whole"]) == 0
+    whole = capsys.readouterr().out
+    print_epoch = cli._print_epoch
+    monkeypatch.setattr(cli, "_print_epoch", interrupted)
+    assert run([*train, "--save", "parts"]) == 130
+    kept = capsys.readouterr()
+    assert "Traceback" not in kept.err
+    assert list(pd.read_csv(tmp_path / "parts/history.csv")["epoch"]) == [1, 2]
+    checkpoints.load(tmp_path / "parts/best.safetensors")
+
+    monkeypatch.setattr(cli, "_print_epoch", print_epoch)
+    assert run([*train, "--resume", tmp_path / "parts"]) == 0
+    resumed = capsys.readouterr().out
+    assert len(re.findall(r"^epoch +\d+ ", resumed, re.M)) == 2
+    assert re.findall(r"^test: .*", resumed, re.M) == re.findall(r"^test: .*", whole, re.M) != []
+    one, other = (load_file(tmp_path / name / "best.safetensors") for name in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    histories = [pd.read_csv(tmp_path / name / "history.csv").drop(columns="seconds") for name in ("whole", "parts")]
+    pd.testing.assert_frame_equal(*histories)
+
+    before = tree(tmp_path / "whole")  # a finished run has nothing left to do
+    assert run([*train, "--save", "whole", "--resume"]) == 0
+    after = tree(tmp_path / "whole")
+    assert (before["last.pt"], before["history.csv"]) == (after["last.pt"], after["history.csv"])
+
+
+def test_overwrite(tmp_path, capsys):
+    train = [*TRAIN, "--results-dir", tmp_path, "--save", "run"]
+    assert run([*train, "--epochs", 2]) == 0
+    assert run([*train, "--epochs", 1, "--overwrite"]) == 0
+    assert len(pd.read_csv(tmp_path / "run/history.csv")) == 1
+    assert checkpoints.load(tmp_path / "run/best.safetensors")[1]["recipe"]["epochs"] == 1
+
+
+def started(arguments, folder):
+    return subprocess.Popen(
+        [sys.executable, "-m", "bnn_utils", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored
+    )
+
+
+def stopped(process):
+    """Press Ctrl-C and return (exit status, stderr)."""
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+def test_ctrl_c_while_training(tmp_path):
+    process = started([*TRAIN, "--epochs", 500, "--results-dir", tmp_path, "--save", "run"], tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch   1"):
+            break
+    status, err = stopped(process)
+    assert status == 130
+    assert "Traceback" not in err
+    assert "interrupted" in err.splitlines()[-1]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"best.safetensors", "last.pt", "history.csv"}
+    checkpoints.load(tmp_path / "run/best.safetensors")
+    history = pd.read_csv(tmp_path / "run/history.csv")
+    assert 1 <= len(history) < 500
+    assert len(torch.load(tmp_path / "run/last.pt", weights_only=True)["rows"]) - len(history) in (0, 1)
+
+
+def test_ctrl_c_during_a_sweep(best, tmp_path):
+    out = tmp_path / "t.csv"
+    chosen = ["--probabilities", "1e-3", "--trials", 100000, "--limit", 5, "--out", out]
+    process = started(["damage", "-e", best, "--dataset", "digits", *chosen], tmp_path)
+    while process.poll() is None and not out.exists():
+        time.sleep(0.02)
+    status, err = stopped(process)
+    assert status == 130
+    assert "Traceback" not in err
+    assert "interrupted" in err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    table = pd.read_csv(out)
+    model, _ = checkpoints.load(best)
+    trials = len(table) // 2
+    few = min(trials, 3)
+    images = data.digits().test.limit(5)
+    pd.testing.assert_frame_equal(table[: 2 * few], campaign.run(model, images, [1e-3], few, repairs=("none", "clip")))
+    assert list(table["trial"]) == sorted([*range(trials)] * 2)
+
+
+# Bad input: one line, exit status 2, nothing written
+
+
+def bad(arguments, said, **marks):
+    return pytest.param(arguments, said, id=arguments.replace("/", "-"), **marks)
+
+
+IMAGES = "train --model vgg_cifar10_binary --dataset images --data-path"
+EVALUATE = "evaluate --dataset digits -e"
+DAMAGE = "damage --dataset digits -e results/run/best.safetensors --limit 5"
+RESUME = f"{' '.join(TRAIN)} --epochs 2 --save run --resume"
+BAD = [
+    bad("", "{train,evaluate,damage}"),
+    bad("dance", "dance"),
+    bad("train --dataset digits", "--model"),
+    bad("train --model alexnet --dataset digits", "alexnet"),
+    bad("train --model resnet_binary --dataset imagenet", "imagenet"),
+    bad(f"{DIGITS} --epochs 0", "epochs"),
+    bad(f"{DIGITS} --epochs many", "epochs"),
+    bad(f"{DIGITS} --batch-size 1", "batch_size"),
+    bad(f"{DIGITS} --lr 0", "lr"),
+    bad(f"{DIGITS} --lr nan", "lr"),
+    bad(f"{DIGITS} --weight-decay -1", "weight_decay"),
+    bad(f"{DIGITS} --weight-decay nan", "weight_decay"),
+    bad(f"{DIGITS} --optimizer lion", "lion"),
+    bad(f"{DIGITS} --precision int3", "int3"),
+    bad(f"{DIGITS} --width 0", "width"),
+    bad(f"{DIGITS} --width nan", "width"),
+    bad(f"{DIGITS} --width 1e9", "width"),
+    bad(f"{DIGITS} --seed -1", "seed"),
+    bad(f"{DIGITS} --device abacus", "abacus"),
+    bad(f"{DIGITS} --device meta", "meta"),
+    bad(f"{DIGITS} --device cuda:x", "cuda:x"),
+    bad(f"{DIGITS} --device cuda:99", "cuda:99"),
+    bad("train --model vgg_cifar10_binary --dataset cifar10", "--data-path"),
+    bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path=", "--data-path"),
+    bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path empty", "empty"),
+    bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path not/there/yet", "not/there/yet"),
+    bad("train --model vgg_cifar10_binary --dataset mnist --data-path not/there/yet", "download"),
+    bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path a-file", "a-file"),
+    bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path differing", "(b, c)"),
+    bad("train --model vgg_cifar10_binary --dataset images", "--data-path"),
+    bad(f"{IMAGES} missing", "missing"),
+    bad(f"{IMAGES} empty", "train/"),
+    bad(f"{IMAGES} a-file", "a-file"),
+    bad(f"{IMAGES} no-test", "test/"),
+    bad(f"{IMAGES} differing", "(b, c)"),
+    bad(f"{IMAGES} broken", "broken/test/b/1.png"),
+    bad(f"{IMAGES} halved", "halved/train/a/2.png"),
+    bad(f"{IMAGES} oblong", "16x8"),
+    bad(f"{IMAGES} odd", "input_size"),
+    bad(f"{DIGITS} --epochs 1 --save run", "results/run"),
+    bad(f"{DIGITS} --epochs 1 --results-dir . --save a-file", "a-file"),
+    bad(f"{RESUME} --epochs 3", "epochs 2"),
+    bad(f"{RESUME} --lr 0.1", "lr"),
+    bad(f"{RESUME} --seed 4", "seed"),
+    bad(f"{RESUME} --width 0.1", "width"),
+    bad(f"{RESUME} --model resnet_binary", "network"),
+    bad(f"{RESUME} results/nothing", "results/nothing"),
+    bad(f"{RESUME} results/broken-state", "broken-state"),
+    bad(f"{RESUME} results/foreign-state/last.pt", "foreign-state"),
+    bad("evaluate --dataset digits", "-e"),
+    bad(f"{EVALUATE} missing.safetensors", "missing.safetensors"),
+    bad(f"{EVALUATE} results/run", "results/run"),
+    bad(f"{EVALUATE} zero.safetensors", "zero.safetensors"),
+    bad(f"{EVALUATE} cut.safetensors", "cut.safetensors"),
+    bad(f"{EVALUATE} a-file", "a-file"),
+    bad(f"{EVALUATE} lying.safetensors", "lying.safetensors"),
+    bad(f"{EVALUATE} linear.pth.tar", "linear.pth.tar"),
+    bad(f"{EVALUATE} code.pth.tar", "code"),
+    bad(f"{EVALUATE} results/run/last.pt", "last.pt"),
+    bad(f"{EVALUATE} colour.safetensors", "3 channels"),
+    bad(f"{EVALUATE} larger.safetensors", "16 pixels"),
+    bad(f"{EVALUATE} three.safetensors", "3 classes"),
+    bad("evaluate --dataset images --data-path pictures -e results/run/best.safetensors", "2 classes"),
+    bad("evaluate --dataset images -e results/run/best.safetensors", "--data-path"),
+    bad("evaluate --dataset nothing -e results/run/best.safetensors", "nothing"),
+    bad("evaluate --dataset digits --limit 0 -e results/run/best.safetensors", "limit"),
+    bad("evaluate --dataset digits --limit -3 -e results/run/best.safetensors", "limit"),
+    bad("evaluate --dataset digits --device abacus -e results/run/best.safetensors", "abacus"),
+    bad(f"{DAMAGE} --probabilities 1e-3 1.5", "1.5"),
+    bad(f"{DAMAGE} --probabilities -0.1", "-0.1"),
+    bad(f"{DAMAGE} --probabilities nan --out new.csv", "nan"),
+    bad(f"{DAMAGE} --probabilities inf", "inf"),
+    bad(f"{DAMAGE} --probabilities few", "few"),
+    bad(f"{DAMAGE} --probabilities", "--probabilities"),
+    bad(f"{DAMAGE} --trials 0 --out new.csv", "trials"),
+    bad(f"{DAMAGE} --trials -5", "trials"),
+    bad(f"{DAMAGE} --trials 1.5", "--trials"),
+    bad(f"{DAMAGE} --limit 0", "limit"),
+    bad(f"{DAMAGE} --seed -1", "seed"),
+    bad(f"{DAMAGE} --storage paper --out new.csv", "paper"),
+    bad(f"{DAMAGE} --repair none pray --out new.csv", "pray"),
+    bad(f"{DAMAGE} --device abacus --out new.csv", "abacus"),
+    bad(f"{DAMAGE} --trials 1 --out trials.csv", "trials.csv"),
+    bad(f"{DAMAGE} --trials 1 --out empty", "empty"),
+    bad(f"{DAMAGE} --trials 1 --out nowhere/new.csv", "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD)
+def test_bad_input(world, monkeypatch, capsys, arguments, said):
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    before = tree(world)
+    assert run(arguments.split()) == 2
+    err = capsys.readouterr().err
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    assert said in err
+    assert tree(world) == before
+
+
+def test_bad_input_in_a_process_of_its_own(world):
+    before = tree(world)
+    process = started(["damage", "-e", "cut.safetensors", "--dataset", "digits"], world)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "cut.safetensors" in err
+    assert tree(world) == before

@@ -1,0 +1,463 @@
+"""Pictures say what their tables say: what is drawn is read back from the axes and compared."""
+
+import io
+import math
+import warnings
+from itertools import product
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
+from PIL import Image
+from scipy import stats
+
+from bnn_utils import plotting
+
+matplotlib.use("Agg")
+NETWORKS = ("vgg_cifar10_binary", "resnet_binary")
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Use the notebooks' style, turn warnings into errors, and close what was drawn."""
+    with plt.style.context(Path(plotting.__file__).with_name("tutorial.mplstyle")), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    plt.close("all")
+
+
+def finished(figure):
+    """Draw the figure to the end, see that it is not blank, and return its axes."""
+    assert plt.get_fignums() == [figure.number]
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    with Image.open(png) as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 5
+    return figure.axes
+
+
+def line(axis, label):
+    """Return (x, y) of the line that the legend calls `label`."""
+    (found,) = [drawn for drawn in axis.lines if drawn.get_label() == label]
+    return found.get_xdata(), found.get_ydata()
+
+
+def bars(axis, label):
+    """Return (x, y, low, high) of the points with error bars that the legend calls `label`."""
+    (found,) = [drawn for drawn in axis.containers if drawn.get_label() == label]
+    points, _, (segments, *_) = found.lines
+    ends = np.array(segments.get_segments())
+    return points.get_xdata(), points.get_ydata(), ends[:, 0, 1], ends[:, 1, 1]
+
+
+def band(collection):
+    """Return {x: (low, high)} of a band between two lines."""
+    vertices = collection.get_paths()[0].vertices
+    return {x: (vertices[vertices[:, 0] == x, 1].min(), vertices[vertices[:, 0] == x, 1].max()) for x in vertices[:, 0]}
+
+
+def texts(axis):
+    return [text.get_text() for text in axis.texts if text.get_text()]
+
+
+def half(values):
+    """Return the half-width of the 95% interval of a mean."""
+    return stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+
+
+def close(seen, expected):
+    np.testing.assert_allclose(np.asarray(seen, float), np.asarray(expected, float), rtol=1e-6)
+
+
+def history(**columns):
+    rng = np.random.default_rng(0)
+    names = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "sign_flips")
+    return pd.DataFrame({"epoch": [1, 2, 3]} | {name: rng.uniform(0.1, 0.9, 3) for name in names}).assign(**columns)
+
+
+def seeds(by, names, trials=4):
+    rng = np.random.default_rng(1)
+    parts = [history(**{by: name}).assign(seed=trial) for name, trial in product(names, range(trials))]
+    for part in parts:
+        part[["validation_accuracy", "sign_flips"]] = rng.uniform(0.4, 0.6, (3, 2))
+    return pd.concat(parts, ignore_index=True)
+
+
+def campaign(trials=5):
+    rng = np.random.default_rng(2)
+    rows = product(NETWORKS, ["none", "clip"], [1e-4, 1e-3, 1e-2], range(trials))
+    table = pd.DataFrame(rows, columns=["network", "repair", "probability", "trial"])
+    table = table.assign(dataset="digits", storage="float32", seed=table["trial"], flips=7)
+    return table.assign(loss=rng.uniform(0.5, 5, len(table)), accuracy=rng.uniform(0.2, 0.8, len(table)))
+
+
+# Words and colours
+
+
+def test_names_have_words_and_colours():
+    assert plotting.label("clip") == "damaged, then clipped"
+    assert plotting.label("something else") == "something else"
+    assert plotting.color("clip") == plotting.COLORS["clip"]
+    assert plotting.color("something else", 2) == "C2"
+    assert plotting.color("none") != plotting.color("clip")
+
+
+# Training
+
+
+def test_training_curves():
+    table = history()
+    loss, accuracy = finished(plotting.training_curves(table))
+    for part in ("train", "validation"):
+        close(line(loss, part), [table["epoch"], table[f"{part}_loss"]])
+        close(line(accuracy, part), [table["epoch"], 100 * table[f"{part}_accuracy"]])
+
+
+def test_training_curves_of_two_networks():
+    table = pd.concat([history(network=name) for name in NETWORKS])
+    table["validation_loss"] += np.arange(6)
+    loss, _ = finished(plotting.training_curves(table))
+    for name, text in zip(NETWORKS, ("VGG", "ResNet")):
+        own = table[table["network"] == name]
+        close(line(loss, f"{text}, validation"), [own["epoch"], own["validation_loss"]])
+    assert len(loss.lines) == 4
+
+
+def test_sign_flips():
+    table = pd.concat([history(network=name) for name in NETWORKS])
+    (axis,) = finished(plotting.sign_flips(table))
+    close(line(axis, "ResNet"), [[1, 2, 3], 100 * table["sign_flips"][3:]])
+    assert axis.get_yscale() == "log"
+    plt.close("all")
+    (axis,) = finished(plotting.sign_flips(history()))
+    close(axis.lines[0].get_ydata(), 100 * history()["sign_flips"])
+
+
+def test_seed_curves():
+    table = seeds("network", ["resnet_binary", "without shortcuts"])
+    axes = finished(plotting.seed_curves(table))
+    for axis, value in zip(axes, ("validation_accuracy", "sign_flips")):
+        for index, name in enumerate(["resnet_binary", "without shortcuts"]):
+            groups = table[table["network"] == name].groupby("epoch")[value]
+            close(line(axis, plotting.label(name)), [[1, 2, 3], 100 * groups.mean()])
+            for epoch, values in groups:
+                low, high = band(axis.collections[index])[epoch]
+                mean = values.mean()
+                assert low == pytest.approx(100 * max(mean - half(values), 0.1 * mean if value == "sign_flips" else 0))
+                assert high == pytest.approx(100 * min(mean + half(values), 1))
+
+
+def test_flip_map():
+    names = ["z.first", "a.second"]
+    table = pd.DataFrame(product(names, [1, 2, 3]), columns=["layer", "epoch"])
+    table["flipped"] = [0.1, 0.01, 0.0, 0.2, 0.002, 0.0002]
+    axis, bar = finished(plotting.flip_map(table))
+    shown = axis.images[0].get_array()
+    assert [text.get_text() for text in axis.get_yticklabels()] == names  # in the table's order, from the input
+    close(shown.filled(0), 100 * table["flipped"].to_numpy().reshape(2, 3))
+    assert shown.mask.tolist() == [[False, False, True], [False, False, False]]
+    assert "%" in bar.get_ylabel()
+
+
+def test_weight_histograms():
+    edges = np.array([-1, -0.5, 0.25, 1])
+    rows = [
+        dict(layer=layer, when=when, low=low, high=high, share=share / 10)
+        for layer, when in product(["conv1", "conv2", "fc", "last"], ["initial", "trained"])
+        for low, high, share in zip(edges[:-1], edges[1:], [1, 7, 2] if when == "initial" else [5, 1, 4])
+    ]
+    figure = plotting.weight_histograms(pd.DataFrame(rows))
+    axes = finished(figure)
+    assert [axis.get_title() for axis in axes if axis.get_visible()] == ["conv1", "conv2", "fc", "last"]
+    for axis in axes[:4]:
+        for patch, (when, values) in zip(axis.patches, [("initial", [10, 70, 20]), ("trained", [50, 10, 40])]):
+            assert patch.get_label() == when
+            close(patch.get_data().values, values)
+            close(patch.get_data().edges, edges)
+
+
+def test_confusion():
+    table = pd.DataFrame({"true": [0, 0, 2, 1], "predicted": [0, 1, 2, 1], "images": [6, 2, 5, 7]})
+    (axis,) = finished(plotting.confusion(table, ("cat", "dog", "ox")))
+    close(axis.images[0].get_array(), [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 1]])
+    seen = {(text.get_position()[1], text.get_position()[0]): int(text.get_text()) for text in axis.texts}
+    assert seen == {(0, 0): 6, (0, 1): 2, (2, 2): 5, (1, 1): 7}
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["cat", "dog", "ox"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures(channels):
+    rng = np.random.default_rng(3)
+    values = rng.integers(0, 256, (3, channels, 4, 5))
+    rows = [
+        dict(picture=picture, title=f"title {picture}", channel=channel, row=row, column=column, value=value)
+        for (picture, channel, row, column), value in np.ndenumerate(values)
+    ]
+    axes = finished(plotting.pictures(pd.DataFrame(rows), columns=2))
+    for picture in range(3):
+        assert axes[picture].get_title() == f"title {picture}"
+        shown = np.asarray(axes[picture].images[0].get_array()).reshape(4, 5, channels)
+        close(shown, values[picture].transpose(1, 2, 0) / 255)
+    assert not axes[3].images
+
+
+# Damage
+
+
+@pytest.mark.parametrize("trials", [5, 1])
+def test_damage_curves_accuracy(trials):
+    table = campaign(trials)
+    clean = pd.DataFrame({"network": NETWORKS, "accuracy": [0.9, 0.8]})
+    axes = finished(plotting.damage_curves(table, "accuracy", clean))
+    for axis, network, level in zip(axes, NETWORKS, (90, 80)):
+        assert network.split("_")[0] in axis.get_title().lower()
+        assert "digits" in axis.get_title()
+        for index, repair in enumerate(("none", "clip")):
+            own = table[(table["network"] == network) & (table["repair"] == repair)]
+            groups = own.groupby("probability")["accuracy"]
+            x, y = line(axis, plotting.label(repair))
+            close([x, y], [[1e-4, 1e-3, 1e-2], 100 * groups.mean()])
+            dots = [drawn for drawn in axis.lines if drawn.get_marker() == "."][index]
+            close(sorted(dots.get_ydata()), sorted(100 * own["accuracy"]))
+            assert np.all(np.abs(np.log10(dots.get_xdata() / own["probability"])) < 0.2)  # near their probability
+            if trials > 1:
+                drawn = band(axis.collections[index])
+                for p, values in groups:
+                    close(drawn[p], [100 * (values.mean() - half(values)), 100 * (values.mean() + half(values))])
+        close(line(axis, "undamaged")[1], [level, level])
+
+
+def test_damage_curves_loss_with_trials_that_are_not_finite():
+    table = campaign(9)
+    first = (table["network"] == NETWORKS[0]) & (table["repair"] == "none") & (table["probability"] == 1e-2)
+    table.loc[first, "loss"] = [1, 2, 3, 4, 5, 6, np.nan, np.inf, 7.5]
+    clean = pd.DataFrame({"network": NETWORKS, "loss": [0.3, 0.4]})
+    axes = finished(plotting.damage_curves(table, "loss", clean))
+    assert axes[0].get_yscale() == "log"
+    x, y = line(axes[0], plotting.label("none"))
+    assert y[list(x).index(1e-2)] == 5  # the fifth best of nine, where NaN and infinity are the worst
+    low, high = band(axes[0].collections[0])[1e-2]
+    assert (low, high) == (3, 7.5)
+    own = table[(table["network"] == NETWORKS[1]) & (table["repair"] == "clip")]
+    close(line(axes[1], plotting.label("clip"))[1], own.groupby("probability")["loss"].median())
+
+
+def test_single_draws():
+    table = campaign()
+    axes = finished(plotting.single_draws(table, draws=3))
+    for axis, network in zip(axes, NETWORKS):
+        own = table[(table["network"] == network) & (table["repair"] == "none")]
+        grey = [drawn for drawn in axis.lines if drawn.get_color() == "0.6"]
+        assert len(grey) == 3
+        for trial, drawn in enumerate(grey):
+            close(drawn.get_ydata(), 100 * own[own["trial"] == trial]["accuracy"])
+        x, y, low, high = bars(axis, "mean of 5 trials")
+        groups = own.groupby("probability")["accuracy"]
+        close([x, y], [[1e-4, 1e-3, 1e-2], 100 * groups.mean()])
+        close(high - low, [200 * half(values) for _, values in groups])
+
+
+def test_against_published():
+    rows = [
+        dict(network=network, repair=repair, probability=p, source=source, rate=0.9 - 10 * p - 0.1 * len(source))
+        | dict(half=np.nan if source == "published" else 0.02)
+        for network, source, repair, p in product(NETWORKS, ["published", "ours"], ["none", "clip"], [1e-4, 1e-2])
+    ]
+    table = pd.DataFrame(rows)
+    for axis in finished(plotting.against_published(table)):
+        x, y, low, high = bars(axis, "ours, damaged")
+        close([x, y], [[1e-4, 1e-2], [0.499, 0.4]])
+        close(high - low, [0.04, 0.04])
+        (found,) = [drawn for drawn in axis.containers if drawn.get_label() == "published, damaged, then clipped"]
+        close(found.lines[0].get_ydata(), [-0.001, -0.1])
+        assert found.lines[2] == ()  # one draw has no interval
+
+
+def test_float_flips():
+    rows = [
+        dict(stored=1.0, bit=31, part="sign", value=-1.0),
+        dict(stored=1.0, bit=30, part="exponent", value=math.inf),
+        dict(stored=1.0, bit=23, part="exponent", value=0.5),
+        dict(stored=1.0, bit=0, part="mantissa", value=1.0000001),
+        dict(stored=0.1, bit=31, part="sign", value=-0.1),
+        dict(stored=0.1, bit=30, part="exponent", value=3.4e37),
+    ]
+    one, tenth = finished(plotting.float_flips(pd.DataFrame(rows)))
+    close(line(one, "sign"), [[31], [1]])
+    close(line(one, "exponent"), [[23], [0.5]])
+    close(line(one, "infinite or NaN")[0], [30])
+    close(line(tenth, "exponent"), [[30], [3.4e37]])
+    assert len(line(tenth, "infinite or NaN")[0]) == 0
+
+
+# Binarization
+
+
+def test_sign_and_gradient():
+    x = np.linspace(-2, 2, 9)
+    table = pd.DataFrame({"x": x, "sign": np.where(x >= 0, 1, -1), "hardtanh": x.clip(-1, 1)})
+    table["slope of sign, h = 1"] = np.where(abs(x) < 1, 1, 0)
+    table["slope of sign, h = 0.1"] = np.where(abs(x) < 0.1, 10, 0)
+    table["straight-through gradient"] = np.where(abs(x) <= 1, 1, 0)
+    functions, slopes = finished(plotting.sign_and_gradient(table))
+    close([drawn.get_ydata() for drawn in functions.lines], [table["sign"], table["hardtanh"]])
+    for name in table.columns[3:]:
+        close(line(slopes, name), [x, table[name]])
+    assert len(slopes.lines) == 3
+
+
+def test_latent_weights_marks_every_sign_change():
+    paths = {0: [0.1, 0.0, -0.1, -0.2, 0.3], 1: [-0.5, -0.4, -0.6, -0.5, -0.4]}
+    rows = [
+        dict(lr=lr, step=step, weight=weight, value=value)
+        for lr, (weight, path) in product((0.1, 1.0), paths.items())
+        for step, value in enumerate(path)
+    ]
+    for axis in finished(plotting.latent_weights(pd.DataFrame(rows))):
+        whole = [drawn for drawn in axis.lines if len(drawn.get_xdata()) == 5]
+        close([drawn.get_ydata() for drawn in whole], list(paths.values()))
+        dots = [drawn for drawn in axis.lines if drawn.get_marker() == "o"]
+        assert [list(drawn.get_xdata()) for drawn in dots] == [[2, 4], []]  # 0.0 counts as +1
+        assert axis.get_title().endswith("sign flips: 2")
+
+
+def test_bit_squares():
+    bits = {"a": [[0, 1], [1, 1]], "b": [[1, 0], [0, 1]]}
+    rows = [
+        dict(panel=panel, row=row, column=column, bit=bit)
+        for panel, square in bits.items()
+        for (row, column), bit in np.ndenumerate(np.array(square))
+    ]
+    for axis, (panel, square) in zip(finished(plotting.bit_squares(pd.DataFrame(rows))), bits.items()):
+        assert axis.get_title() == panel
+        close(axis.images[0].get_array(), square)
+        assert texts(axis) == [str(bit) for row in square for bit in row]
+
+
+# The ResNet
+
+
+def test_diagram():
+    rows = [
+        ("in", 0, 0, "input", "real", ""),
+        ("conv", 1, 0, "3x3", "whole", "in"),
+        ("sign", 2, 0, "sign", "sign", "conv"),
+        ("short", 1, 1, "shortcut", "real", "in"),
+        ("add", 3, 0, "+", "real", "sign short"),
+    ]
+    table = pd.DataFrame(rows, columns=["name", "x", "y", "text", "values", "after"])
+    (axis,) = finished(plotting.diagram(table))
+    assert sorted(texts(axis)) == sorted(table["text"])
+    assert len(axis.texts) - len(texts(axis)) == 5  # arrows
+
+
+def test_branch_sizes():
+    sizes = {"convolution": [20.0, 10.0], "shortcut": [1.0, 2.0], "sqrt_n": [7.0, 8.0]}
+    (axis,) = finished(plotting.branch_sizes(pd.DataFrame({"block": ["1.0", "1.1"], **sizes})))
+    close(line(axis, "convolutions")[1], sizes["convolution"])
+    close(line(axis, "shortcut")[1], sizes["shortcut"])
+    close(line(axis, "$\\sqrt{n}$")[1], sizes["sqrt_n"])
+    assert texts(axis) == ["5%", "20%"]
+
+
+def test_gradient_sizes():
+    rng = np.random.default_rng(4)
+    rows = product(["resnet_binary", "without shortcuts"], range(4), ["1.0", "2.0"])
+    table = pd.DataFrame(rows, columns=["network", "seed", "block"])
+    table["gradient"] = rng.lognormal(size=len(table))
+    (axis,) = finished(plotting.gradient_sizes(table))
+    for name in ("resnet_binary", "without shortcuts"):
+        _, y, low, high = bars(axis, plotting.label(name))
+        for place, block in enumerate(["1.0", "2.0"]):
+            logs = np.log(table[(table["network"] == name) & (table["block"] == block)]["gradient"])
+            close(y[place], np.exp(logs.mean()))
+            close([low[place], high[place]], np.exp([logs.mean() - half(logs), logs.mean() + half(logs)]))
+
+
+# What makes BNNs train
+
+
+def test_intervals():
+    table = pd.DataFrame({"a": ["y", "y", "x", "x", "x"], "b": [1, 1, 2, 2, 2], "value": [1.0, 3, 2, 4, 9]})
+    rows = plotting.intervals(table, ["a", "b"], "value")
+    assert rows[["a", "b", "trials"]].to_numpy().tolist() == [["y", 1, 2], ["x", 2, 3]]
+    close(rows["value"], [2, 5])
+    close(rows["value_half"], [half([1, 3]), half([2, 4, 9])])
+
+
+def test_variants():
+    table = seeds("variant", ["affine", "none"])
+    final, way = finished(plotting.variants(table))
+    assert [text.get_text() for text in final.get_yticklabels()] == ["affine", "none"]
+    for index, name in enumerate(["affine", "none"]):
+        groups = table[table["variant"] == name].groupby("epoch")["validation_accuracy"]
+        last = 100 * groups.get_group(3)
+        points, _, (segments, *_) = final.containers[index].lines
+        close(points.get_xdata(), [last.mean()])
+        close(segments.get_segments()[0][:, 0], [last.mean() - half(last), last.mean() + half(last)])
+        dots = [drawn for drawn in final.lines if drawn.get_marker() == "."][index]
+        close(dots.get_xdata(), last)
+        close(way.lines[index].get_ydata(), 100 * groups.mean())
+        for epoch, values in groups:
+            close(band(way.collections[index])[epoch], 100 * (values.mean() + half(values) * np.array([-1, 1])))
+
+
+def grid():
+    rng = np.random.default_rng(5)
+    rows = product(["adam", "sgd"], [0.0, 1e-4, 1e-5], [1e-2, 1e-3])
+    table = pd.DataFrame(rows, columns=["optimizer", "weight_decay", "learning_rate"])
+    for name in ("validation_accuracy", "sign_flips"):
+        table[name] = rng.uniform(0.2, 0.9, len(table))
+        table[f"{name}_half"] = rng.uniform(0.01, 0.1, len(table))
+    return table
+
+
+def test_rate_and_decay():
+    table = grid()
+    axes = finished(plotting.rate_and_decay(table))
+    for axis, optimizer in zip(axes, ("adam", "sgd")):
+        own = table[table["optimizer"] == optimizer].set_index(["weight_decay", "learning_rate"])
+        expected = [[own.loc[(decay, rate)] for rate in (1e-3, 1e-2)] for decay in (0.0, 1e-5, 1e-4)]
+        close(axis.images[0].get_array(), [[100 * cell["validation_accuracy"] for cell in row] for row in expected])
+        assert [float(text.get_text()) for text in axis.get_xticklabels()] == [1e-3, 1e-2]
+        assert [float(text.get_text()) for text in axis.get_yticklabels()] == [0, 1e-5, 1e-4]
+        for text, cell in zip(texts(axis), [cell for row in expected for cell in row]):
+            mean, width = map(float, text.split(" ± "))
+            assert mean == pytest.approx(100 * cell["validation_accuracy"], abs=0.51)
+            assert width == pytest.approx(100 * cell["validation_accuracy_half"], abs=0.51)
+
+
+def test_flips_against_rate():
+    table = grid()
+    for axis, optimizer in zip(finished(plotting.flips_against_rate(table)), ("adam", "sgd")):
+        for decay in (0.0, 1e-5, 1e-4):
+            own = table[(table["optimizer"] == optimizer) & (table["weight_decay"] == decay)]
+            x, y, low, high = bars(axis, f"{decay:g}")
+            close(y, 100 * own["sign_flips"])
+            close(high - low, 200 * own["sign_flips_half"])
+            assert np.all(np.abs(np.log(x.astype(float) / own["learning_rate"])) < 0.2)
+
+
+def test_accuracy_against_flips():
+    rng = np.random.default_rng(6)
+    rows = product(["adam", "sgd"], [0.0, 1e-4], [1e-2, 1e-3], range(3))
+    table = pd.DataFrame(rows, columns=["optimizer", "weight_decay", "learning_rate", "seed"])
+    table = table.assign(flips=rng.uniform(1, 2, len(table)), validation_accuracy=rng.uniform(0.4, 0.6, len(table)))
+    (axis,) = finished(plotting.accuracy_against_flips(table))
+    for optimizer, index in [("adam", 0), ("sgd", 1)]:
+        own = table[table["optimizer"] == optimizer]
+        (found,) = [drawn for drawn in axis.containers if drawn.get_label() == plotting.label(optimizer)]
+        points, _, (across, along) = found.lines
+        groups = own.groupby(["weight_decay", "learning_rate"], sort=False)
+        close(points.get_xdata(), groups["flips"].mean())
+        close(points.get_ydata(), 100 * groups["validation_accuracy"].mean())
+        for place, (_, group) in enumerate(groups):
+            close(np.diff(across.get_segments()[place][:, 0]), [2 * half(group["flips"])])
+            close(np.diff(along.get_segments()[place][:, 1]), [200 * half(group["validation_accuracy"])])
+        dots = [drawn for drawn in axis.lines if drawn.get_marker() == "."][index]
+        close(dots.get_xdata(), own["flips"])
+        assert to_hex(dots.get_color()) == to_hex(f"C{index}")

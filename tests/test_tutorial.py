@@ -1,0 +1,208 @@
+"""What a notebook's first cell gives: profile, paths, networks of the right size, figures whole or not at all."""
+
+import io
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from bnn_utils import data, tutorial
+from bnn_utils.training import Recipe
+from bnn_utils.tutorial import PROFILES, start
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    """Keep the style and the environment as they were; figures go to a temporary folder."""
+    monkeypatch.delenv("BNN_PROFILE", raising=False)
+    monkeypatch.delenv("BNN_DATA", raising=False)
+    monkeypatch.setenv("BNN_FIGURES", str(tmp_path / "figures"))
+    with plt.rc_context():
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def table():
+    return pd.DataFrame({"x": [0, 1, 2], "y": [0.1, 0.30000000000000004, 1e-300]})
+
+
+def drawn(table):
+    figure, axis = plt.subplots()
+    axis.plot(table["x"], table["y"])
+    return figure
+
+
+# start
+
+
+def test_quick_is_the_default(tmp_path, capsys):
+    settings = start()
+    assert settings.profile == "quick"
+    assert settings.sizes is PROFILES["quick"]
+    assert settings.figures == tmp_path / "figures" / "quick"
+    assert settings.data_path == Path(tutorial.__file__).parents[1] / "data"
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 1
+    assert "quick" in printed.out
+    assert f"seed {settings.seed}" in printed.out
+    assert printed.err == ""
+    assert not (tmp_path / "figures").exists()  # nothing is made before there is a figure
+
+
+def test_the_environment_chooses(monkeypatch, tmp_path):
+    monkeypatch.setenv("BNN_PROFILE", "full")
+    monkeypatch.setenv("BNN_DATA", str(tmp_path / "sets"))
+    settings = start()
+    assert settings.profile == "full"
+    assert settings.sizes is PROFILES["full"]
+    assert settings.figures == tmp_path / "figures" / "full"
+    assert settings.data_path == tmp_path / "sets"
+    monkeypatch.delenv("BNN_FIGURES")
+    assert start().figures == Path(tutorial.__file__).parents[1] / "figures" / "full"
+
+
+@pytest.mark.parametrize("profile", ["slow", "", "QUICK"])
+def test_unknown_profile(monkeypatch, profile):
+    monkeypatch.setenv("BNN_PROFILE", profile)
+    with pytest.raises(ValueError, match=r"BNN_PROFILE.*quick"):
+        start()
+
+
+def test_start_seeds_and_sets_the_style():
+    plt.rcParams["axes.grid"] = False
+    settings = start()
+    first = torch.rand(3)
+    assert plt.rcParams["axes.grid"]
+    start()
+    assert torch.equal(torch.rand(3), first)
+    torch.manual_seed(settings.seed)
+    assert torch.equal(torch.rand(3), first)
+
+
+# Networks
+
+
+def test_networks_have_the_size_of_the_profile():
+    settings, dataset = start(), data.digits()
+    vgg, resnet = settings.network("vgg_cifar10_binary", dataset), settings.network("resnet_binary", dataset)
+    assert vgg.features[0].weight.shape == (round(384 * settings.sizes.vgg_width), 1, 3, 3)
+    assert resnet.conv1.weight.shape == (round(80 * settings.sizes.resnet_width), 1, 3, 3)
+    for model in (vgg, resnet):
+        assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_the_full_profile_is_the_published_size_and_recipe():
+    full = PROFILES["full"]
+    assert (full.dataset, full.vgg_width, full.resnet_width) == ("cifar10", 1.0, 1.0)
+    assert full.recipe == Recipe(epochs=100, batch_size=256, lr=5e-3, weight_decay=0.0, optimizer="adam")
+
+
+def test_networks_of_another_size_and_of_other_images():
+    settings = start()
+    dataset = data.digits()
+    three = replace(dataset, test=replace(dataset.test, classes=("a", "b", "c")))
+    model = settings.network("vgg_cifar10_binary", three, width=0.02)
+    assert model.features[0].weight.shape == (8, 1, 3, 3)
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    assert settings.network("resnet_binary", dataset, width=0.1, depth=8).config["depth"] == 8
+    with pytest.raises(ValueError, match="width"):
+        settings.network("resnet_binary", dataset, width=-1)
+
+
+def test_networks_start_from_the_seed():
+    settings = start()
+    dataset = data.digits()
+    one, other = (settings.network("resnet_binary", dataset, width=0.1).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    another = replace(settings, seed=1).network("resnet_binary", dataset, width=0.1).state_dict()
+    assert not torch.equal(one["conv1.weight"], another["conv1.weight"])
+
+
+def test_dataset_and_trained():
+    settings = start()
+    assert settings.dataset().name == "digits"
+    recipe = Recipe(epochs=1, batch_size=512)
+    settings = replace(settings, sizes=replace(settings.sizes, recipe=recipe, vgg_width=0.02))
+    dataset = settings.dataset()
+    one, other = (settings.trained("vgg_cifar10_binary", dataset) for _ in range(2))
+    assert not one.training
+    untrained = settings.network("vgg_cifar10_binary", dataset).state_dict()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert not torch.equal(one.state_dict()["features.3.weight"], untrained["features.3.weight"])
+
+
+# Figures
+
+
+def test_a_figure_is_three_files(table):
+    settings = start()
+    settings.save_figure("05-accuracy-vs-probability", drawn(table), table)
+    files = {path.name: path for path in settings.figures.iterdir()}
+    assert set(files) == {f"05-accuracy-vs-probability.{kind}" for kind in ("png", "svg", "csv")}
+    pd.testing.assert_frame_equal(pd.read_csv(files["05-accuracy-vs-probability.csv"]), table, check_exact=True)
+    with Image.open(files["05-accuracy-vs-probability.png"]) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 2  # not blank
+    assert ElementTree.parse(files["05-accuracy-vs-probability.svg"]).getroot().tag.endswith("svg")
+
+
+def test_the_same_figure_gives_the_same_bytes(table):
+    settings = start()
+    settings.save_figure("01-a", drawn(table), table)
+    before = {path.name: path.read_bytes() for path in settings.figures.iterdir()}
+    settings.save_figure("01-a", drawn(table), table)
+    assert {path.name: path.read_bytes() for path in settings.figures.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "05", "accuracy", "5-accuracy", "05-Accuracy", "05_accuracy", "05-a/b", "../05-a", "05-a\n", "05-a.png"],
+)
+def test_names_of_another_form(table, tmp_path, name):
+    with pytest.raises(ValueError, match="name"):
+        start().save_figure(name, drawn(table), table)
+    assert not (tmp_path / "figures").exists()
+
+
+def test_a_figure_without_a_table(table, tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        start().save_figure("05-a", drawn(table), table.iloc[:0])
+    assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize("failing", ["png", "svg", "csv"])
+def test_failing_half_way_leaves_the_old_files_whole(table, monkeypatch, failing):
+    settings = start()
+    settings.save_figure("05-a", drawn(table), table)
+    before = {path.name: path.read_bytes() for path in settings.figures.iterdir()}
+    savefig = Figure.savefig
+
+    def half(self, path, *, format, **arguments):
+        if format != failing:
+            return savefig(self, path, format=format, **arguments)
+        whole = io.BytesIO()
+        savefig(self, whole, format=format, **arguments)
+        Path(path).write_bytes(whole.getvalue()[:100])
+        raise OSError("disk full")
+
+    def half_table(self, path, **arguments):
+        Path(path).write_text("x,")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    if failing == "csv":
+        monkeypatch.setattr(pd.DataFrame, "to_csv", half_table)
+    changed = table.assign(y=table["y"] + 1)
+    with pytest.raises(OSError, match="disk full"):
+        settings.save_figure("05-a", drawn(changed), changed)
+    after = {path.name: path.read_bytes() for path in settings.figures.iterdir()}
+    assert after.keys() == before.keys()
+    assert after[f"05-a.{failing}"] == before[f"05-a.{failing}"]
