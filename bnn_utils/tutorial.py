@@ -48,7 +48,7 @@ PROFILES = {
         resnet_width=0.25,
         recipe=Recipe(epochs=20, batch_size=64),
         ablation_width=1 / 24,
-        ablation_recipe=Recipe(epochs=11, batch_size=64, lr=1e-2),
+        ablation_recipe=Recipe(epochs=12, batch_size=64, lr=1e-2),
         ablation_seeds=3,
         trials=30,
     ),
