@@ -529,6 +529,7 @@ def variants(history: pd.DataFrame, by: str = "variant") -> Figure:
     axes[0].invert_yaxis()
     axes[0].set(xlabel="validation accuracy, last epoch (%)", xlim=(0, 102))
     axes[1].set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 102))
+    axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 

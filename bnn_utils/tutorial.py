@@ -65,7 +65,7 @@ PROFILES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
     """What every notebook works with; made by `start`.
 
@@ -76,6 +76,7 @@ class Settings:
         device: where networks and images lie.
         figures: folder that `save_figure` writes to.
         data_path: where data sets that do not ship with the course are, or are downloaded to.
+        data_name: of the images that `dataset` returned, for the figures; empty before.
     """
 
     profile: str
@@ -84,10 +85,13 @@ class Settings:
     device: torch.device
     figures: Path
     data_path: Path
+    data_name: str = ""
 
     def dataset(self) -> data.Dataset:
         """Return the profile's images, on the device."""
-        return data.load(self.sizes.dataset, self.data_path).to(self.device)
+        loaded = data.load(self.sizes.dataset, self.data_path).to(self.device)
+        self.data_name = loaded.name
+        return loaded
 
     def network(self, name: str, dataset: data.Dataset, width: float | None = None, **config: object) -> nn.Module:
         """Return an untrained network of the profile's size for `dataset`, initialized from the seed.
@@ -120,6 +124,8 @@ class Settings:
     def save_figure(self, name: str, figure: Figure, table: pd.DataFrame) -> None:
         """Write a figure as PNG and SVG, and the table that it was drawn from as CSV, under one name.
 
+        Below the figure it says which data and which profile it was drawn from.
+
         Args:
             name: two digits of the notebook, then words joined by hyphens: "05-accuracy-vs-probability".
             figure: what was drawn.
@@ -133,10 +139,12 @@ class Settings:
         if table.empty:
             raise ValueError(f"figure {name}: its table is empty")
         self.figures.mkdir(parents=True, exist_ok=True)
+        source = ", ".join(filter(None, (self.data_name, f"{self.profile} profile")))
+        figure.text(1, -0.01, source, ha="right", va="top", fontsize=7, color="0.4")
         metadata = {"png": {"Software": None}, "svg": {"Date": None}}
         for kind in ("png", "svg"):
             target = self.figures / f"{name}.{kind}"
-            write_beside(target, partial(figure.savefig, format=kind, metadata=metadata[kind]))
+            write_beside(target, partial(figure.savefig, format=kind, bbox_inches="tight", metadata=metadata[kind]))
         write_beside(self.figures / f"{name}.csv", partial(table.to_csv, index=False))
 
 
