@@ -203,6 +203,26 @@ def mean_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
         return float(values.mean()), float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * error)
 
 
+def median_interval(values: Any, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Return (median, low, high): the median of independent trials and its interval, for values without a mean.
+
+    The interval is distribution-free, from order statistics; NaN counts as infinite, so that it cannot be hidden.
+
+    Args:
+        values: one number a trial, such as a damaged network's loss.
+        confidence: of the interval, in (0, 1).
+
+    Returns:
+        low and high are NaN where the trials are too few for any interval.
+
+    Source: W. J. Conover, Practical Nonparametric Statistics, 1999, section 3.2; computed by scipy's quantile_test.
+    """
+    values = np.asarray(values, np.float64)
+    values = np.where(np.isnan(values), np.inf, values)
+    interval = stats.quantile_test(values, p=0.5).confidence_interval(confidence)
+    return float(np.median(values)), float(interval.low), float(interval.high)
+
+
 def aggregate(table: pd.DataFrame, values: Sequence[str] = ("loss", "accuracy")) -> pd.DataFrame:
     """Return mean and 95% interval of a campaign's trials, one row a network, data set, storage, repair, probability.
 

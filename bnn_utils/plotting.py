@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bnn_utils.campaign import aggregate, mean_interval
+from bnn_utils.campaign import aggregate, mean_interval, median_interval
 
 # The same colour for the same thing in every notebook (Okabe and Ito's colour-blind safe palette).
 COLORS = {
@@ -25,6 +25,7 @@ COLORS = {
     "validation": "#000000",
     "published": "#CC79A7",
 }
+LARGEST_LOSS = 1e39  # beyond any 32-bit float
 LABELS = {
     "vgg_cifar10_binary": "VGG",
     "resnet_binary": "ResNet",
@@ -119,8 +120,8 @@ def _panels(table: pd.DataFrame) -> tuple[Figure, dict[str, Axes]]:
 def damage_curves(table: pd.DataFrame, value: str = "accuracy", clean: pd.DataFrame | None = None) -> Figure:
     """Draw a campaign: a panel a network, the mean over trials against bit error probability, a line a repair.
 
-    Bands are 95% intervals of the mean, faint dots single trials. Losses, which may be infinite, get a logarithmic
-    axis and the median instead of the mean, with the quartiles as band.
+    Bands are 95% intervals, faint dots single trials. Losses, which may be infinite, get a logarithmic axis and the
+    median instead of the mean; infinity is drawn at LARGEST_LOSS.
 
     Args:
         table: what `campaign.run` returns, of one or more networks.
@@ -164,12 +165,11 @@ def _damage_line(axis: Axes, table: pd.DataFrame, value: str, repair: str) -> No
         )
         p = means["probability"]
     else:
-        worst = table.fillna({value: np.inf})  # left out, NaN would make the others look better
-        quartiles = worst.groupby("probability")[value].quantile([0.25, 0.5, 0.75]).unstack()
-        low, middle, high = quartiles[0.25], quartiles[0.5], quartiles[0.75]
-        p = quartiles.index
-    axis.fill_between(p, scale * low, scale * high, color=drawn, alpha=0.2, lw=0)
-    axis.plot(p, scale * middle, "o-", color=drawn, label=label(repair), ms=4)
+        medians = table.groupby("probability")[value].apply(median_interval)
+        middle, low, high = (np.clip(numbers, None, LARGEST_LOSS) for numbers in zip(*medians, strict=True))
+        p = medians.index
+    axis.fill_between(p, scale * np.asarray(low), scale * np.asarray(high), color=drawn, alpha=0.2, lw=0)
+    axis.plot(p, scale * np.asarray(middle), "o-", color=drawn, label=label(repair), ms=4)
 
 
 def sign_and_gradient(table: pd.DataFrame) -> Figure:
@@ -256,7 +256,7 @@ def float_flips(table: pd.DataFrame) -> Figure:
         axis.axhline(abs(number), color="0.4", ls=":", lw=1.2)
         axis.set(xlabel="flipped bit (31 is the sign)", title=f"stored {number:g}", yscale="log")
     axes[0, 0].set_ylabel("magnitude read back")
-    axes[0, 0].legend(loc="lower left", fontsize=9)
+    axes[0, 0].legend(loc="upper left", fontsize=9)
     return figure
 
 

@@ -330,3 +330,25 @@ def test_aggregate_of_a_campaign(model, images):
     assert list(means["repair"]) == ["none", "clip"] * 2
     assert "loss" not in means
     assert means["trials"].eq(3).all()
+
+
+def test_median_interval_uses_the_ranks_that_the_binomial_distribution_gives():
+    for n in (9, 20, 31):
+        values = np.random.default_rng(n).permutation(np.arange(n) ** 3.0)
+        rank = max(k for k in range(n // 2) if stats.binom.cdf(k, n, 0.5) <= 0.025)  # so many may lie outside
+        median, low, high = campaign.median_interval(values)
+        assert (median, low, high) == (np.median(values), rank**3, (n - 1 - rank) ** 3)
+
+
+def test_median_interval_takes_nan_for_infinity_and_needs_trials():
+    assert campaign.median_interval([1, 2, np.nan, 3, np.nan, np.inf])[0] == np.inf
+    median, low, high = campaign.median_interval([1.0, 5.0])
+    assert median == 3 and np.isnan(low) and np.isnan(high)
+
+
+def test_median_interval_covers_the_median_of_skewed_values():
+    rng = np.random.default_rng(0)
+    intervals = [campaign.median_interval(np.exp(3 * rng.normal(size=21)))[1:] for _ in range(400)]
+    covered = sum(low <= 1 <= high for low, high in intervals)  # the median of exp(3 z) is 1
+    exact = 1 - 2 * stats.binom.cdf(5, 21, 0.5)
+    assert stats.binom.ppf(1e-6, 400, exact) <= covered <= stats.binom.isf(1e-6, 400, exact)

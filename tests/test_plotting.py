@@ -241,7 +241,7 @@ def test_damage_curves_loss_with_trials_that_are_not_finite():
     x, y = line(axes[0], plotting.label("none"))
     assert y[list(x).index(1e-2)] == 5  # the fifth best of nine, where NaN and infinity are the worst
     low, high = band(axes[0].collections[0])[1e-2]
-    assert (low, high) == (3, 7.5)
+    assert (low, high) == (2, plotting.LARGEST_LOSS)  # the second and the eighth of nine hold the median in 96.1%
     own = table[(table["network"] == NETWORKS[1]) & (table["repair"] == "clip")]
     close(line(axes[1], plotting.label("clip"))[1], own.groupby("probability")["loss"].median())
 
