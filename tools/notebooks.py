@@ -130,7 +130,7 @@ def notebook_text(notebook: Any) -> str:
         if cell.get("id") is None or cell["id"] in taken:
             cell["id"] = hashlib.sha256(f"{index}\n{cell.source}".encode()).hexdigest()[:8]
         taken.add(cell["id"])
-        kept = ("cell_view", "jupyter", "tags")
+        kept = ("cellView", "jupyter", "tags")
         cell.metadata = {key: cell.metadata[key] for key in kept if key in cell.metadata}
     nbformat.validate(notebook)
     return nbformat.writes(notebook, version=nbformat.NO_CONVERT, indent=1).rstrip("\n") + "\n"
