@@ -21,7 +21,7 @@ help:
 	@echo "make badges      point badges, links and set-up cells at REPOSITORY=owner/name (default: git's origin)"
 	@echo "make clean       remove what runs have made (not $(VENV))"
 	@echo
-	@echo "Settings: PROFILE=quick|cifar10|full   PYTHON=python3   VENV=.venv"
+	@echo "Settings: PROFILE=quick|full   PYTHON=python3   VENV=.venv"
 
 # The stamp is written last, so that an installation that stopped half way starts again.
 $(STAMP): pyproject.toml
@@ -53,6 +53,6 @@ test: lint
 	$(RUN) -m pytest
 
 clean:
-	rm -rf executed figures/quick figures/cifar10 figures/full build *.egg-info
+	rm -rf executed figures/quick figures/full build *.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find bnn_utils notebooks tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
