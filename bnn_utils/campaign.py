@@ -223,20 +223,36 @@ def median_interval(values: Any, confidence: float = 0.95) -> tuple[float, float
     return float(np.median(values)), float(interval.low), float(interval.high)
 
 
-def aggregate(table: pd.DataFrame, values: Sequence[str] = ("loss", "accuracy")) -> pd.DataFrame:
+def intervals(table: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
+    """Return mean and 95% interval of `value` over the rows that agree in `keys`, in their order of appearance.
+
+    Args:
+        table: a row a trial.
+        keys: columns that tell settings apart.
+        value: column of numbers.
+
+    Returns:
+        The keys, `value` (mean), `value`_half (half-width of the 95% interval) and trials.
+    """
+    rows = []
+    for key, group in table.groupby(list(keys), sort=False):
+        mean, half = mean_interval(group[value])
+        rows.append(dict(zip(keys, key, strict=True)) | {value: mean, f"{value}_half": half, "trials": len(group)})
+    return pd.DataFrame(rows)
+
+
+def aggregate(table: pd.DataFrame) -> pd.DataFrame:
     """Return mean and 95% interval of a campaign's trials, one row a network, data set, storage, repair, probability.
 
-    For every name in `values` the result has NAME (mean), NAME_half (half-width of the 95% interval); besides,
-    trials, flips (mean number) and not_finite (trials whose loss is NaN or infinite). Means over finite losses
-    alone would hide the worst trials, so a loss that is not finite makes the mean so too; see not_finite.
+    Columns: those five, trials, flips (mean number), not_finite (trials whose loss is NaN or infinite), loss and
+    accuracy (means), loss_half and accuracy_half (half-widths of their 95% intervals). A mean over finite losses
+    alone would hide the worst trials, so a loss that is not finite makes the mean so too; see `median_interval`.
     """
     keys = ["network", "dataset", "storage", "repair", "probability"]
-    rows = []
-    for key, group in table.groupby(keys, sort=False):
-        row = dict(zip(keys, key, strict=True))
-        row |= dict(trials=len(group), flips=group["flips"].mean())
-        row["not_finite"] = int((~np.isfinite(group["loss"])).sum())
-        for name in values:
-            row[name], row[f"{name}_half"] = mean_interval(group[name])
-        rows.append(row)
-    return pd.DataFrame(rows)
+    table = table.assign(not_finite=~np.isfinite(table["loss"]))
+    means = table.groupby(keys, sort=False).agg(
+        trials=("trial", "size"), flips=("flips", "mean"), not_finite=("not_finite", "sum")
+    )
+    for value in ("loss", "accuracy"):
+        means = means.join(intervals(table, keys, value).drop(columns="trials").set_index(keys))
+    return means.reset_index()

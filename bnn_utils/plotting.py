@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bnn_utils.campaign import aggregate, mean_interval, median_interval
+from bnn_utils.campaign import aggregate, intervals, median_interval
 
 # The same colour for the same thing in every notebook (Okabe and Ito's colour-blind safe palette).
 COLORS = {
@@ -419,11 +419,6 @@ def diagram(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _spread(table: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
-    rows = [(key, *mean_interval(group[value])) for key, group in table.groupby(by, sort=False)]
-    return pd.DataFrame(rows, columns=[by, "mean", "half"])
-
-
 def seed_curves(history: pd.DataFrame) -> Figure:
     """Draw validation accuracy and sign flips per epoch, mean over seeds with its 95% interval as a band.
 
@@ -433,12 +428,13 @@ def seed_curves(history: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(1, 2)
     for index, (name, group) in enumerate(history.groupby("network", sort=False)):
         for axis, value in zip(axes, ("validation_accuracy", "sign_flips")):
-            drawn = _spread(group, "epoch", value)
-            low, high = drawn["mean"] - drawn["half"], drawn["mean"] + drawn["half"]
-            floor = 0.1 * drawn["mean"] if value == "sign_flips" else 0  # a logarithmic axis has no zero
+            drawn = intervals(group, ["epoch"], value)
+            mean, half = drawn[value], drawn[f"{value}_half"]
+            low, high = mean - half, mean + half
+            floor = 0.1 * mean if value == "sign_flips" else 0  # a logarithmic axis has no zero
             low, high = np.maximum(low, floor), np.minimum(high, 1)
             axis.fill_between(drawn["epoch"], 100 * low, 100 * high, color=color(name, index), alpha=0.2, lw=0)
-            axis.plot(drawn["epoch"], 100 * drawn["mean"], color=color(name, index), label=label(name))
+            axis.plot(drawn["epoch"], 100 * mean, color=color(name, index), label=label(name))
     axes[0].set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
     axes[1].set(xlabel="epoch", ylabel="weights that changed sign (%)", yscale="log")
     axes[0].legend(loc="lower right", fontsize=8)
@@ -474,33 +470,15 @@ def gradient_sizes(table: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(6.0, 3.0))
     blocks = list(table["block"].unique())
     for index, (name, group) in enumerate(table.groupby("network", sort=False)):
-        drawn = _spread(group.assign(gradient=np.log(group["gradient"])), "block", "gradient")
-        middle = np.exp(drawn["mean"])
-        error = [middle - np.exp(drawn["mean"] - drawn["half"]), np.exp(drawn["mean"] + drawn["half"]) - middle]
+        drawn = intervals(group.assign(log=np.log(group["gradient"])), ["block"], "log")
+        middle = np.exp(drawn["log"])
+        error = [middle - np.exp(drawn["log"] - drawn["log_half"]), np.exp(drawn["log"] + drawn["log_half"]) - middle]
         places = np.arange(len(blocks)) + 0.06 * (index - 1)
         axis.errorbar(places, middle, error, fmt="o-", capsize=3, color=color(name, index), label=label(name))
     axis.set_xticks(range(len(blocks)), blocks)
     axis.set(yscale="log", xlabel="block (the loss is to the right)", ylabel="gradient norm at its input")
     axis.legend(fontsize=9)
     return figure
-
-
-def intervals(table: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
-    """Return mean and 95% interval of `value` over the rows that agree in `keys`, in their order of appearance.
-
-    Args:
-        table: a row a trial.
-        keys: columns that tell settings apart.
-        value: column of numbers.
-
-    Returns:
-        The keys, `value` (mean), `value`_half (half-width of the 95% interval) and trials.
-    """
-    rows = []
-    for key, group in table.groupby(list(keys), sort=False):
-        mean, half = mean_interval(group[value])
-        rows.append(dict(zip(keys, key, strict=True)) | {value: mean, f"{value}_half": half, "trials": len(group)})
-    return pd.DataFrame(rows)
 
 
 def variants(history: pd.DataFrame, by: str = "variant") -> Figure:

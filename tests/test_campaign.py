@@ -325,10 +325,9 @@ def test_aggregate_by_hand():
 
 def test_aggregate_of_a_campaign(model, images):
     table = run(model, images, [1e-2, 1e-4], 3, repairs=("none", "clip"))
-    means = aggregate(table, values=("accuracy",))
+    means = aggregate(table)
     assert list(means["probability"]) == [1e-4, 1e-4, 1e-2, 1e-2]
     assert list(means["repair"]) == ["none", "clip"] * 2
-    assert "loss" not in means
     assert means["trials"].eq(3).all()
 
 
@@ -352,3 +351,12 @@ def test_median_interval_covers_the_median_of_skewed_values():
     covered = sum(low <= 1 <= high for low, high in intervals)  # the median of exp(3 z) is 1
     exact = 1 - 2 * stats.binom.cdf(5, 21, 0.5)
     assert stats.binom.ppf(1e-6, 400, exact) <= covered <= stats.binom.isf(1e-6, 400, exact)
+
+
+def test_intervals():
+    table = pd.DataFrame({"a": ["y", "y", "x", "x", "x"], "b": [1, 1, 2, 2, 2], "value": [1.0, 3, 2, 4, 9]})
+    rows = campaign.intervals(table, ["a", "b"], "value")
+    assert rows[["a", "b", "trials"]].to_numpy().tolist() == [["y", 1, 2], ["x", 2, 3]]
+    assert rows["value"].tolist() == [2, 5]
+    halves = [stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) for values in ([1, 3], [2, 4, 9])]
+    assert rows["value_half"].tolist() == pytest.approx(halves)

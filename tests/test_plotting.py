@@ -381,14 +381,6 @@ def test_gradient_sizes():
 # What makes BNNs train
 
 
-def test_intervals():
-    table = pd.DataFrame({"a": ["y", "y", "x", "x", "x"], "b": [1, 1, 2, 2, 2], "value": [1.0, 3, 2, 4, 9]})
-    rows = plotting.intervals(table, ["a", "b"], "value")
-    assert rows[["a", "b", "trials"]].to_numpy().tolist() == [["y", 1, 2], ["x", 2, 3]]
-    close(rows["value"], [2, 5])
-    close(rows["value_half"], [half([1, 3]), half([2, 4, 9])])
-
-
 def test_variants():
     table = seeds("variant", ["affine", "none"])
     final, way = finished(plotting.variants(table))
