@@ -209,6 +209,7 @@ def published_form(table: pd.DataFrame, original: Evaluation) -> str:
     """Return a campaign's table of one network in the words of the published experiment, with intervals.
 
     Every figure is the mean over the trials, ± the half-width of its 95% interval; rates are damaged over original.
+    Where single trials make the mean loss meaningless, its median is given too.
     """
     means = campaign.aggregate(table)
     first = means.iloc[0]
@@ -230,8 +231,11 @@ def published_form(table: pd.DataFrame, original: Evaluation) -> str:
                 "acc rate": (_rate(row["accuracy"], original.accuracy), _rate(row["accuracy_half"], original.accuracy)),
             }
             line = ", ".join(f"{name}:{{{_number(mean)} ± {_number(half)}}}" for name, (mean, half) in parts.items())
-            if row["not_finite"]:
-                line += f"  (loss not finite in {row['not_finite']} of {row['trials']} trials)"
+            if not row["loss"] < 100:  # no mean of such losses says what a usual trial is like
+                own = table[(table["probability"] == probability) & (table["repair"] == row["repair"])]
+                median, low, high = campaign.median_interval(own["loss"])
+                line += f"  (median loss {_number(median)}, 95% interval {_number(low)} to {_number(high)}"
+                line += f"; not finite in {row['not_finite']} of {row['trials']} trials)"
             lines.append(line)
     return "\n".join(lines)
 
