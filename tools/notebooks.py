@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("full", "quick")  # those of bnn_utils.tutorial, the most real first
 SUFFIXES = (".png", ".svg", ".csv")
 QUICK_CELL_SECONDS = 600  # a cell of the quick profile that takes longer hangs
+KERNEL_EXIT_SECONDS = 60  # killed earlier, a busy machine's kernel leaves temporary files, and complaints about them
 LARGEST_NOTEBOOK = 1_000_000  # bytes
 
 SETUP_CELL = """\
@@ -189,6 +190,8 @@ def execute(path: Path, profile: str, output: Path, label: str) -> Run:
         extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # no notices of the kernel in the terminal
         resources={"metadata": {"path": str(path.parent)}},
     )
+    client.km = client.create_kernel_manager()
+    client.km.shutdown_wait_time = KERNEL_EXIT_SECONDS
     start = time.monotonic()
     try:
         with client.setup_kernel(env=kernel_environment(profile, output)):
