@@ -14,7 +14,6 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-from joblib.externals.loky import get_reusable_executor
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -333,8 +332,4 @@ def train_many(jobs: Sequence[Job], data: Dataset, workers: int = 2) -> pd.DataF
         workers = 1
     parallel = joblib.Parallel(n_jobs=min(workers, len(jobs)), return_as="generator")
     histories = parallel(joblib.delayed(_train_job)(job, data) for job in jobs)
-    try:
-        return pd.concat(progress_bar(histories, total=len(jobs), desc="trainings"), ignore_index=True)
-    finally:
-        if workers > 1:  # idle workers would hold their memory, and have to be killed when this process ends
-            get_reusable_executor().shutdown(wait=True)
+    return pd.concat(progress_bar(histories, total=len(jobs), desc="trainings"), ignore_index=True)

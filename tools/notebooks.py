@@ -194,7 +194,8 @@ def execute(path: Path, profile: str, output: Path, label: str) -> Run:
     client.km.shutdown_wait_time = KERNEL_EXIT_SECONDS
     start = time.monotonic()
     try:
-        with client.setup_kernel(env=kernel_environment(profile, output)):
+        # What cells write to stderr comes as output; the process's own is what worker pools say as they end.
+        with client.setup_kernel(env=kernel_environment(profile, output), stderr=subprocess.DEVNULL):
             for done, (index, cell) in enumerate(cells):
                 progress(f"{label} {done:>3}/{len(cells)} cells")
                 run_cell(client, index, cell, path.name)
