@@ -1,4 +1,4 @@
-"""The command line: python -m bnn_utils train | evaluate | damage."""
+"""The command line: python -m bnn_utils train | evaluate | damage | pack."""
 
 import argparse
 import dataclasses
@@ -13,6 +13,7 @@ from torch import nn
 
 from bnn_utils import campaign, checkpoints, data, faults
 from bnn_utils.models import MODELS, build
+from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
 from bnn_utils.training import OPTIMIZERS, PRECISIONS, STATE_FILE, Evaluation, Recipe, evaluate, train
 
@@ -30,15 +31,17 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     defaults = Recipe()
     parser = _Parser(prog="python -m bnn_utils", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,damage}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,damage,pack}")
 
     common = _Parser(add_help=False)
     common.add_argument("--dataset", choices=data.DATASETS, required=True)
     common.add_argument("--data-path", metavar="DIR", help="torchvision's layout, or train/<class>/ and test/<class>/")
     common.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
 
-    trained = _Parser(add_help=False)
-    trained.add_argument("-e", "--checkpoint", metavar="CHECKPOINT", required=True)
+    checkpoint = _Parser(add_help=False)
+    checkpoint.add_argument("-e", "--checkpoint", metavar="CHECKPOINT", required=True)
+
+    trained = _Parser(add_help=False, parents=[checkpoint])
     trained.add_argument("--limit", type=int, metavar="N", help="use the first N test images only")
 
     sub = commands.add_parser("train", parents=[common], help="train a network by the published recipe")
@@ -58,16 +61,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=_train)
 
     sub = commands.add_parser("evaluate", parents=[common, trained], help="loss and accuracy on the test images")
+    sub.add_argument("--packed", action="store_true", help="compute in the packed form, on the CPU")
     sub.set_defaults(run=_evaluate)
 
     sub = commands.add_parser("damage", parents=[common, trained], help="the same after random bit errors")
     sub.add_argument("--probabilities", type=float, nargs="+", default=[1e-2, 1e-4, 1e-6, 1e-8], metavar="P")
     sub.add_argument("--trials", type=int, default=20, metavar="N", help="draws of errors at each probability")
     sub.add_argument("--storage", choices=faults.STORAGES, default="float32")
+    sub.add_argument("--error", choices=faults.ERRORS, default="flip", help="what happens to a bit")
     sub.add_argument("--repair", choices=REPAIRS, nargs="+", default=["none", "clip"])
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", metavar="FILE.csv", help="write every trial to this new file")
     sub.set_defaults(run=_damage)
+
+    sub = commands.add_parser("pack", parents=[checkpoint], help="write a checkpoint with one bit a weight")
+    sub.add_argument("-o", "--output", metavar="FILE", required=True, help="a new file")
+    sub.set_defaults(run=_pack)
     return parser
 
 
@@ -183,12 +192,36 @@ def _described(result: Evaluation) -> str:
     return f"loss {result.loss:.4f}, acc {result.accuracy:.4f}"
 
 
+def _on_the_cpu(arguments: argparse.Namespace) -> None:
+    """Turn the device "auto" into the CPU, where packed networks compute; refuse others."""
+    if arguments.device not in ("auto", "cpu"):
+        raise ValueError(f"packed networks compute on the CPU, got --device {arguments.device}")
+    arguments.device = "cpu"
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.packed:
+        _on_the_cpu(arguments)
     model, images = _load_trained(arguments)
+    if arguments.packed:
+        model = pack(model)
     print(f"{_described(evaluate(model, images))} on {len(images)} test images of {images.dataset}")
 
 
+def _pack(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    if output.exists():
+        raise FileExistsError(f"{output}: is there already; name another file")
+    model, facts = checkpoints.load(arguments.checkpoint)
+    pack(model)  # what cannot be packed is told before anything is written
+    checkpoints.save_packed(output, model, **{key: facts[key] for key in facts if key != "versions"})
+    before, after = Path(arguments.checkpoint).stat().st_size, output.stat().st_size
+    print(f"kept: {output}, {after:,} bytes, {before / after:.1f} times smaller than {arguments.checkpoint}")
+
+
 def _damage(arguments: argparse.Namespace) -> None:
+    if arguments.storage == "packed":
+        _on_the_cpu(arguments)
     model, images = _load_trained(arguments)
     repairs = list(dict.fromkeys(arguments.repair))
     original = evaluate(model, images)
@@ -200,8 +233,11 @@ def _damage(arguments: argparse.Namespace) -> None:
         storage=arguments.storage,
         repairs=repairs,
         seed=arguments.seed,
+        error=arguments.error,
         out=arguments.out,
     )
+    if arguments.error != "flip":
+        print(f"error model {arguments.error}: {faults.ERRORS[arguments.error].meaning}")
     print(published_form(table, original))
 
 

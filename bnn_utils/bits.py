@@ -1,7 +1,9 @@
 """Bits, without any network: floats seen as bits, signs packed into words, random bit positions drawn exactly."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +11,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 WORD = 64
+CHUNK = 1 << 18  # positions at a time: their memory stays in cache, and the cost of a step does not show
+_LANES = 1 << 16
+
+compiled: Callable[[Any], Any]
+try:
+    from numba import njit
+
+    NUMBA = True
+    compiled = njit(nogil=True, cache=True)
+except ImportError:  # everything works without Numba, more slowly
+    NUMBA = False
+
+    def compiled(function: Any) -> Any:
+        """Leave a function that Numba would compile as it is; without Numba nothing calls it."""
+        return function
 
 
 def float_to_bits(x: Tensor) -> Tensor:
@@ -63,8 +80,62 @@ def check_probability(probability: float) -> float:
     return value
 
 
+@lru_cache(maxsize=8)
+def _distance_table(rate: float) -> NDArray[np.uint16]:
+    """Return floor(-log(U) / rate) + 1 for U in (lane / 65536, (lane + 1) / 65536], and 0 where a lane alone is unsure.
+
+    Unsure are the lanes that hold several distances, lane 0 (which has no longest) and distances over 65535.
+    """
+    steps = -np.log(np.arange(1, _LANES + 1) / _LANES) / rate
+    # Machines may round these by a last digit; a lane so close to an edge is unsure on each of them alike.
+    longest, shortest = np.floor(steps[:-1] * (1 + 1e-12)), np.floor(steps[1:] * (1 - 1e-12))
+    sure = (longest == shortest) & (longest < _LANES - 1)
+    return np.append(0, np.where(sure, longest + 1, 0)).astype(np.uint16)
+
+
+@compiled
+def _look_up(table, lanes, distances, unsure):
+    count = 0
+    for i in range(len(lanes)):
+        distances[i] = table[lanes[i]]
+        unsure[count] = i
+        count += distances[i] == 0
+    return count
+
+
+def _distances(rate: float, longest: float, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Return `count` distances 1 + floor(E / rate), E exponential with mean 1; one over `longest` stays over it.
+
+    Where many bits flip, E is -log(U) of a uniform U, because the leading 16 bits of U, the lane, are then nearly
+    always enough to know the distance: a table gives it. Only where they are not, the other bits are drawn and the
+    logarithm taken.
+    """
+
+    def distance(exponential: NDArray[np.float64]) -> NDArray[np.int64]:
+        return 1 + (np.minimum(exponential, 2 * longest * rate) / rate).astype(np.int64)
+
+    if count < 512 or rate < 1e-3:  # a table would be looked up too seldom, or leave too much unsure
+        return distance(generator.standard_exponential(count))
+    table = _distance_table(rate)
+    lanes = generator.integers(1 << 64, size=count // 4 + 1, dtype=np.uint64).view(np.uint16)[:count]
+    if NUMBA:
+        distances, unsure = np.empty(count, np.int64), np.empty(count, np.int64)
+        unsure = unsure[: _look_up(table, lanes, distances, unsure)]
+    else:
+        distances = table[lanes].astype(np.int64)
+        unsure = np.flatnonzero(distances == 0)
+    uniform = (lanes[unsure] + (1 - generator.random(len(unsure)))) / _LANES
+    distances[unsure] = distance(-np.log(uniform))
+    return distances
+
+
+def _rate(probability: float) -> float:
+    """Return -log(1 - probability): a bit flips if a Poisson process with this rate a bit hits it at all."""
+    return math.inf if probability == 1 else -math.log1p(-probability)
+
+
 def sample_positions(
-    total: int, probability: float, generator: np.random.Generator, chunk: int = 1 << 20
+    total: int, probability: float, generator: np.random.Generator, chunk: int = CHUNK
 ) -> Iterator[NDArray[np.int64]]:
     """Draw which of `total` bits flip when each flips independently with `probability`, exactly.
 
@@ -91,14 +162,56 @@ def sample_positions(
         raise ValueError(f"total must not be negative, got {total}")
     if probability == 0 or total == 0:
         return
+    rate = _rate(probability)
     at = -1
     while at < total - 1:
         expected = (total - 1 - at) * probability
         draw = min(chunk, math.ceil(expected + 4 * math.sqrt(expected) + 4))
-        # A distance beyond `total` ends the process whatever its length; cutting it there keeps the sum in range.
-        distances = np.minimum(generator.geometric(probability, size=draw), total + 1)
-        positions = at + np.cumsum(distances)
+        # A distance beyond `total` ends the process whatever its length; cutting it keeps the sum in range.
+        positions = _distances(rate, total, draw, generator)
+        positions[0] += at
+        np.cumsum(positions, out=positions)
         at = int(positions[-1])
         positions = positions[: np.searchsorted(positions, total)]
         if len(positions):
             yield positions
+
+
+def sample_runs(
+    total: int, probability: float, length: int, generator: np.random.Generator, chunk: int = CHUNK
+) -> Iterator[NDArray[np.int64]]:
+    """Draw which of `total` bits lie in random runs of `length` neighbours, each bit with `probability`, exactly.
+
+    A run starts at every position from 1 - length to total - 1, independently, with q = 1 - (1 - p)^(1 / length).
+    So a bit, at the ends too, escapes the `length` runs that can cover it with probability (1 - q)^length = 1 - p.
+    Runs may overlap or touch; of those that stick out, the part inside counts.
+
+    Args:
+        total, probability, generator: as in `sample_positions`.
+        length: bits in a run, at least 1, which is `sample_positions`.
+        chunk: the most positions in one array, if `length` is not larger.
+
+    Yields:
+        Sorted int64 arrays of the distinct positions covered, each after the one before.
+
+    Raises:
+        ValueError: as `sample_positions` does, or `length` is less than 1.
+    """
+    probability = check_probability(probability)
+    if total < 0:
+        raise ValueError(f"total must not be negative, got {total}")
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    if length == 1:
+        yield from sample_positions(total, probability, generator, chunk)
+        return
+    start = -math.expm1(-_rate(probability) / length)
+    end = 0  # of the last run
+    for found in sample_positions(total + length - 1, start, generator, max(1, chunk // length)):
+        first = found - (length - 1)
+        new = np.append(end, first[:-1] + length)  # what lies before is covered already, or outside
+        covered = first[:, None] + np.arange(length)
+        covered = covered[(covered >= new[:, None]) & (covered < total)]
+        end = int(first[-1]) + length
+        if len(covered):
+            yield covered

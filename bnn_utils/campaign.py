@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 
 from bnn_utils.bits import check_probability
 from bnn_utils.data import Images
-from bnn_utils.faults import PARAMETERS, STORAGES, float32_storage, inject, targeted
+from bnn_utils.faults import PARAMETERS, STORAGES, ErrorModel, float32_storage, inject
+from bnn_utils.packed import deployed, pack
 from bnn_utils.repair import REPAIRS
 from bnn_utils.system import progress_bar, write_beside
 from bnn_utils.training import Evaluation, evaluate
@@ -49,19 +51,23 @@ def _trials(
     repairs: Sequence[str],
     seed: int,
     targets: Sequence[str],
+    error: str | ErrorModel,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield, trial by trial, one row a repair, all of a trial's repairs on the same damage."""
     unharmed: dict[str, Evaluation] = {}
-    with float32_storage(model):
+    packed = storage == "packed"
+    if packed:
+        model = pack(model)
+    with nullcontext() if packed else float32_storage(model):
         for trial in range(trials):
             own_seed = trial_seed(seed, probability, trial)
             rows = []
-            with inject(model, probability, seed=own_seed, targets=targets) as flips:
+            with inject(model, probability, seed=own_seed, targets=targets, error=error) as flips:
                 for repair in repairs:
                     result = unharmed.get(repair) if flips.total == 0 else None
                     if result is None:
                         with REPAIRS[repair](model):
-                            result = evaluate(model, data)
+                            result = evaluate(model if packed else deployed(model), data)
                         if flips.total == 0:  # a trial without a flip gives what every such trial gives
                             unharmed[repair] = result
                     rows.append(
@@ -96,20 +102,23 @@ def run(
     repairs: Sequence[str] = ("none",),
     seed: int = 0,
     targets: Sequence[str] = PARAMETERS,
+    error: str | ErrorModel = "flip",
     out: str | os.PathLike[str] | None = None,
     executor: Executor | None = None,
 ) -> pd.DataFrame:
     """Damage `model` again and again, evaluate it each time, and return one row a trial and repair.
 
     Args:
-        model: a network on the device of `data`; it is given back unharmed.
+        model: a network on the device of `data`; it is given back unharmed. On the CPU a network of
+            `bnn_utils.models` computes in its packed form, whose predictions are the same.
         data: the images to evaluate on.
         probabilities: bit error probabilities, each in [0, 1].
         trials: independent draws of errors at each probability, at least 1.
-        storage: "float32", see `bnn_utils.faults`.
+        storage: "float32" damages the floats, "packed" what `bnn_utils.packed.pack(model)` stores (on the CPU).
         repairs: names in `bnn_utils.repair.REPAIRS`; all see the same damage.
         seed: of the campaign; a trial's seed follows from it, the probability and the trial's number.
         targets: what is hit, see `bnn_utils.faults.inject`.
+        error: a name of `bnn_utils.faults.ERRORS`, or an ErrorModel.
         out: a CSV file to write as trials finish; it must not exist yet.
         executor: runs each probability as one task (the network and the images travel with it); None runs here.
 
@@ -118,7 +127,8 @@ def run(
         0..1, loss in nats (NaN or infinite where the damaged network puts out such logits).
 
     Raises:
-        ValueError: an argument outside its range, or an unknown storage, repair or target.
+        ValueError: an argument outside its range, or an unknown storage, repair, target or error model.
+        TypeError: storage "packed" of a network that cannot be packed.
         FileExistsError: `out` is there already.
         FileNotFoundError: the folder of `out` is not there.
     """
@@ -137,7 +147,8 @@ def run(
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    targeted(model, targets)  # raises for a target that names nothing, before anything is written
+    with inject(pack(model) if storage == "packed" else model, 0, seed=0, targets=targets, error=error):
+        pass  # what is wrong with targets or error is told before anything is written
     if out is not None and Path(out).exists():
         raise FileExistsError(f"{out}: is there already; name another file")
     if out is not None and not Path(out).parent.is_dir():
@@ -153,7 +164,7 @@ def run(
 
     try:
         with bar:
-            tasks = [(model, data, p, trials, storage, tuple(repairs), seed, targets) for p in ordered]
+            tasks = [(model, data, p, trials, storage, tuple(repairs), seed, targets, error) for p in ordered]
             if executor is None:
                 for task in tasks:
                     for trial_rows in _trials(*task):

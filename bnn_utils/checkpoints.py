@@ -1,5 +1,6 @@
-"""Networks on disk: safetensors with the facts in the header; the published checkpoints are read too."""
+"""Networks on disk: safetensors with facts and a checksum in the header; the published checkpoints are read too."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -9,16 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import bnn_utils
+from bnn_utils.bits import pack_signs, unpack_signs
+from bnn_utils.layers import binarized_weights
 from bnn_utils.models import build
 from bnn_utils.system import write_beside
 
-FORMAT = "bnn_utils/1"
+FORMAT, UNCHECKED = "bnn_utils/2", "bnn_utils/1"  # files of the first format have no checksum
 # BinaryNet.pytorch normalizes CIFAR images with the ImageNet figures (its preprocess.py).
 _PUBLISHED_NORMALIZATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -30,7 +34,8 @@ class CheckpointError(ValueError):
 def save(path: str | os.PathLike[str], model: nn.Module, **facts: Any) -> None:
     """Write `model` and what is known of it to one safetensors file, whole or not at all.
 
-    The header gets `facts` and, by itself: network, config (the arguments that build it again), versions.
+    The header gets `facts` and, by itself: network, config (the arguments that build it again), versions; and a
+    SHA-256 checksum of facts and tensors.
 
     Args:
         path: of the file; one that is there is replaced.
@@ -41,30 +46,59 @@ def save(path: str | os.PathLike[str], model: nn.Module, **facts: Any) -> None:
         TypeError: the network is not one of `bnn_utils.models`, or a fact is nothing that JSON can hold.
         OSError: the file cannot be written.
     """
+    _save(path, model, model.state_dict(), {**facts, "packed": False})
+
+
+def save_packed(path: str | os.PathLike[str], model: nn.Module, **facts: Any) -> None:
+    """Write `model` as `save` does, but of its binarized weights only the signs, one bit each.
+
+    In the place of such a weight stand int64 words: bit i of word k is 1 where element 64 k + i of the flattened
+    weight is +1. Everything else is kept as trained. `load` returns the network with weights of +1 and -1, which
+    computes the same, and from which `bnn_utils.packed.pack` makes the same packed network.
+
+    Args, Raises: as for `save`.
+    """
+    state = model.state_dict()
+    for name, weight in binarized_weights(model).items():
+        state[name] = torch.from_numpy(pack_signs(weight.detach().cpu().flatten()).view(np.int64))
+    _save(path, model, state, {**facts, "packed": True})
+
+
+def _save(path: str | os.PathLike[str], model: nn.Module, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
     name, config = getattr(model, "name", None), getattr(model, "config", None)
-    if name is None or config is None:
+    if name is None or config is None or not binarized_weights(model):
         raise TypeError(f"only networks of bnn_utils.models can be saved, got {type(model).__name__}")
     versions = {"bnn_utils": bnn_utils.__version__, "torch": torch.__version__}
-    described = {"network": name, "config": config, **facts, "versions": versions}
-    header = {"format": FORMAT, "facts": json.dumps(described)}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    described = json.dumps({"network": name, "config": config, **facts, "versions": versions})
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    header = {"format": FORMAT, "facts": described, "sha256": _checksum(described, tensors)}
     try:
         write_beside(path, partial(save_file, tensors, metadata=header))
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from None
 
 
+def _checksum(facts: str, tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of the facts and of every tensor's name, type, shape and bytes, in the order of the names."""
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     """Read a network and its facts; loading runs no code from the file.
 
-    Reads what `save` wrote, and checkpoints of BinaryNet.pytorch (model_best.pth.tar), whose size is told from the
-    shapes of their tensors.
+    Reads what `save` and `save_packed` wrote, and checkpoints of BinaryNet.pytorch (model_best.pth.tar), whose size is
+    told from the shapes of their tensors.
 
     Returns:
         (model in evaluation mode on the CPU, facts): facts hold at least network and config.
 
     Raises:
-        CheckpointError: the file is missing, cut short, of another format or network, or would run code.
+        CheckpointError: the file is missing, cut short or changed, of another format or network, or would run code.
     """
     file = Path(path)
     if not file.is_file():
@@ -78,6 +112,10 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
         state, facts = _read_safetensors(file)
     try:
         model = build(facts["network"], **facts["config"])
+        if facts.get("packed"):
+            for name, weight in binarized_weights(model).items():
+                words = state[name].numpy().view(np.uint64)
+                state[name] = unpack_signs(words, weight.numel()).view(weight.shape)
         model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -90,8 +128,10 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        if header.get("format") != FORMAT:
+        if header.get("format") not in (FORMAT, UNCHECKED):
             raise CheckpointError(f"{file}: was not written by bnn_utils (format {header.get('format')!r})")
+        if header["format"] == FORMAT and header["sha256"] != _checksum(header["facts"], state):
+            raise CheckpointError(f"{file}: is damaged, its content does not have the checksum that its header names")
         return state, json.loads(header["facts"])
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file}: is broken or not a checkpoint ({error})") from None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -12,10 +12,11 @@ def clip(model: nn.Module, low: float = -1.0, high: float = 1.0) -> Iterator[Non
     """Force every parameter of `model` into [low, high] until the context ends, as the published "clipped" does.
 
     NaN and infinities become 0, then every parameter is clamped: weights, biases, BatchNorm scale and shift;
-    running statistics are left alone. On leaving, an exception too, every parameter is back, bit for bit.
+    running statistics are left alone. Of a packed network, that is its biases, scales and shifts: bits and integer
+    thresholds have nothing to clip. On leaving, an exception too, every parameter is back, bit for bit.
 
     Args:
-        model: any network, damaged or not.
+        model: any network, damaged or not, packed or not.
         low, high: the bounds, low <= high.
 
     Raises:
@@ -25,7 +26,8 @@ def clip(model: nn.Module, low: float = -1.0, high: float = 1.0) -> Iterator[Non
     """
     if not low <= high:
         raise ValueError(f"clip needs low <= high, got low={low}, high={high}")
-    parameters = list(model.parameters())
+    # A packed network has no parameters; its numbers are buffers.
+    parameters: list[Tensor] = [*model.parameters()] or [x for x in model.buffers() if x.is_floating_point()]
     before = [parameter.detach().clone() for parameter in parameters]
     try:
         with torch.no_grad():

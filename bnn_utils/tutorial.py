@@ -2,7 +2,8 @@
 
 import os
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from bnn_utils import data
+from bnn_utils import checkpoints, data
 from bnn_utils.models import build
 from bnn_utils.system import write_beside
 from bnn_utils.training import Recipe, train
@@ -80,6 +81,7 @@ class Settings:
         seed: of everything random in the notebook.
         device: where networks and images lie.
         figures: folder that `save_figure` writes to.
+        networks: folder in which `trained` keeps networks.
         data_path: where data sets that do not ship with the course are, or are downloaded to.
         data_name: of the images that `dataset` returned, for the figures; empty before.
     """
@@ -89,6 +91,7 @@ class Settings:
     seed: int
     device: torch.device
     figures: Path
+    networks: Path
     data_path: Path
     data_name: str = ""
 
@@ -121,9 +124,21 @@ class Settings:
         return model.to(self.device)
 
     def trained(self, name: str, dataset: data.Dataset) -> nn.Module:
-        """Return the network of notebook 02 or 03, trained as there."""
+        """Return the network of notebook 02 or 03, trained as there, in evaluation mode.
+
+        It is trained once and kept in `networks`; later calls, of other notebooks too, load what was trained with the
+        same recipe, seed, data and torch.
+        """
         model = self.network(name, dataset)
+        path = self.networks / f"{name}.safetensors"
+        facts = dict(dataset=dataset.name, recipe=asdict(self.sizes.recipe), seed=self.seed, torch=torch.__version__)
+        with suppress(checkpoints.CheckpointError):
+            kept, known = checkpoints.load(path)
+            if all(known.get(key) == value for key, value in (facts | {"config": model.config}).items()):
+                return kept.to(self.device)
         train(model, dataset, self.sizes.recipe)
+        self.networks.mkdir(parents=True, exist_ok=True)
+        checkpoints.save(path, model, **facts)
         return model
 
     def save_figure(self, name: str, figure: Figure, table: pd.DataFrame) -> None:
@@ -156,7 +171,8 @@ class Settings:
 def start() -> Settings:
     """Read the profile from BNN_PROFILE (default quick), set the style and the seed, and say what was chosen.
 
-    BNN_FIGURES names another folder than figures/ for figures, BNN_DATA another than data/ for data sets.
+    BNN_FIGURES names another folder than figures/ for figures, BNN_DATA another than data/ for data sets, BNN_NETWORKS
+    another than executed/networks/ for networks that one notebook trains and others load.
 
     Raises:
         ValueError: there is no such profile.
@@ -172,8 +188,9 @@ def start() -> Settings:
     root = Path(__file__).resolve().parents[1]
     base = root if (root / "pyproject.toml").is_file() else Path.cwd()  # installed without the repository around it
     figures = Path(os.environ.get("BNN_FIGURES", base / "figures")) / profile
+    networks = Path(os.environ.get("BNN_NETWORKS", base / "executed" / "networks")) / profile
     data_path = Path(os.environ.get("BNN_DATA", base / "data"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     version, threads = torch.__version__.split("+")[0], torch.get_num_threads()
     print(f"profile {profile}, seed {seed}, torch {version}, device {device}, threads {threads}")
-    return Settings(profile, PROFILES[profile], seed, device, figures, data_path)
+    return Settings(profile, PROFILES[profile], seed, device, figures, networks, data_path)

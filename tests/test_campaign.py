@@ -14,8 +14,9 @@ from scipy import stats
 from bnn_utils import campaign
 from bnn_utils.campaign import aggregate, mean_interval, run
 from bnn_utils.data import Images
-from bnn_utils.faults import inject
-from bnn_utils.models import vgg_cifar10_binary
+from bnn_utils.faults import ErrorModel, inject
+from bnn_utils.models import resnet_binary, vgg_cifar10_binary
+from bnn_utils.packed import pack
 from bnn_utils.repair import clip
 from bnn_utils.training import Evaluation
 
@@ -119,13 +120,77 @@ def test_no_flips_gives_the_undamaged_result(model, images):
     assert table["loss"].iloc[0] == pytest.approx(loss, rel=1e-6)
 
 
+# Packed storage, and the packed form of a float network
+
+
+def test_packed_storage_equals_a_loop_by_hand(model, images):
+    table = run(model, images, [1e-2, 1e-1], 3, storage="packed", repairs=("none", "clip"), seed=3)
+    assert set(table["storage"]) == {"packed"}
+    packed = pack(model)
+    for row in table.to_dict("records"):
+        with inject(packed, row["probability"], seed=row["seed"]) as flips:
+            if row["repair"] == "clip":
+                with clip(packed):
+                    loss, accuracy = by_hand(packed, images)
+            else:
+                loss, accuracy = by_hand(packed, images)
+        assert row["flips"] == flips.total > 0
+        assert row["accuracy"] == accuracy
+        assert row["loss"] == pytest.approx(loss, rel=1e-6, nan_ok=True) or not math.isfinite(loss)
+    assert table["flips"].mean() < run(model, images, [1e-2, 1e-1], 3)["flips"].mean() / 20  # 1 bit a weight, not 32
+
+
+def test_targets_of_packed_storage(model, images):
+    table = run(model, images, [1.0], 1, storage="packed", targets=("features.3.threshold", "biases"))
+    channels, first, last = 8, 8, 10
+    assert table["flips"].tolist() == [16 * channels + 32 * (first + last)]
+
+
+@pytest.mark.parametrize("storage", ["float32", "packed"])
+def test_error_models(model, images, storage):
+    stuck = run(model, images, [1.0], 1, storage=storage, error="stuck-at-0")
+    other = run(model, images, [1.0], 1, storage=storage, error="stuck-at-1")
+    every = run(model, images, [1.0], 1, storage=storage)
+    assert stuck["flips"].item() + other["flips"].item() == every["flips"].item()
+    same = run(model, images, [1e-2], 2, storage=storage, error=ErrorModel("", "", zero_to_one=0.0))
+    pd.testing.assert_frame_equal(same, run(model, images, [1e-2], 2, storage=storage, error="stuck-at-0"))
+
+
+@pytest.mark.parametrize("build", [vgg_cifar10_binary, resnet_binary])
+def test_the_packed_form_gives_what_the_floats_give(build, images, monkeypatch):
+    torch.manual_seed(1)
+    model = build(width=0.06, in_channels=1, input_size=8).eval()
+    for module in model.modules():  # fresh statistics, all 0 and 1, would put whole numbers right on the threshold
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(1, 50)
+    campaign_of = dict(probabilities=[1e-3, 1e-2, 1e-1], trials=5, repairs=("none", "clip"), seed=5)
+    fast = run(model, images, **campaign_of)
+    monkeypatch.setattr(campaign, "deployed", lambda network: network)
+    slow = run(model, images, **campaign_of)
+    assert (fast["accuracy"] == slow["accuracy"]).all()
+    finite = np.isfinite(slow["loss"])
+    assert (finite == np.isfinite(fast["loss"])).all() and finite.any()
+    np.testing.assert_allclose(fast.loc[finite, "loss"], slow.loc[finite, "loss"], rtol=1e-6)
+
+
+def test_a_network_that_cannot_be_packed_keeps_its_floats(images):
+    torch.manual_seed(0)
+    model = vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8)
+    model.classifier[7] = torch.nn.Identity()
+    assert run(model.eval(), images, [1e-3], 2)["accuracy"].between(0, 1).all()
+    with pytest.raises(TypeError, match="Identity"):
+        run(model, images, [1e-3], 2, storage="packed")
+
+
 def spawned(workers):
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
+@pytest.mark.parametrize("storage", ["float32", "packed"])
 @pytest.mark.parametrize("executor", [ThreadPoolExecutor, spawned])
-def test_an_executor_gives_the_same_table(model, images, tmp_path, executor):
-    campaign_of = dict(probabilities=[1e-2, 1e-3, 3e-2, 0.0], trials=3, repairs=("none", "clip"))
+def test_an_executor_gives_the_same_table(model, images, tmp_path, executor, storage):
+    campaign_of = dict(probabilities=[1e-2, 1e-3, 3e-2, 0.0], trials=3, repairs=("none", "clip"), storage=storage)
     before = bits_of(model)
     here = run(model, images, **campaign_of)
     with executor(2) as workers:

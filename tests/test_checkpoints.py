@@ -19,8 +19,10 @@ from torch import nn
 
 import bnn_utils
 from bnn_utils import checkpoints
-from bnn_utils.checkpoints import CheckpointError, load, save
+from bnn_utils.checkpoints import CheckpointError, load, save, save_packed
+from bnn_utils.layers import binarized_weights
 from bnn_utils.models import build, resnet_binary, vgg_cifar10_binary
+from bnn_utils.packed import pack
 
 PATTERNS = (0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFC12345, 0x00000001, 0x807FFFFF)
 SMALLEST = dict(width=5e-5, in_channels=1, input_size=8)  # one channel everywhere
@@ -203,16 +205,72 @@ def test_a_flipped_bit_in_the_header_is_told_or_does_no_harm(tmp_path):
     assert told > len(flips) // 2
 
 
-def test_a_flipped_bit_among_the_tensors_loads(tmp_path):
-    # The format has no checksum of its tensors: a damaged number is read as that number.
+@pytest.mark.parametrize("saved", [save, save_packed])
+def test_a_flipped_bit_among_the_tensors_is_told(tmp_path, saved):
     path = tmp_path / "a"
-    save(path, vgg(**SMALLEST))
+    saved(path, vgg(**SMALLEST))
     raw = bytearray(path.read_bytes())
     header = 8 + struct.unpack("<Q", raw[:8])[0]
     for at in np.random.default_rng(1).integers(header, len(raw), 50):
         raw[at] ^= 0x10
         path.write_bytes(raw)
-        load(path)
+        assert "checksum" in refused(path)
+        raw[at] ^= 0x10
+
+
+# Packed
+
+
+@pytest.mark.parametrize(
+    "build_model", [vgg, lambda: vgg(width=0.03), resnet, lambda: resnet(depth=8, shortcut=False, num_classes=3)]
+)
+def test_packed_file_gives_both_forms_back(tmp_path, build_model):
+    model = shuffle_statistics(build_model())
+    save_packed(tmp_path / "a", model, dataset="some", epochs=3)
+    loaded, facts = load(tmp_path / "a")
+    assert facts["packed"] and (facts["dataset"], facts["epochs"]) == ("some", 3)
+    weights = binarized_weights(model)
+    for name, tensor in loaded.state_dict().items():
+        before = model.state_dict()[name]
+        assert torch.equal(tensor, torch.where(before >= 0, 1.0, -1.0) if name in weights else before), name
+    assert torch.equal(logits(loaded), logits(model))
+    mine, theirs = pack(model), pack(loaded)
+    assert list(mine.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_packed_file_holds_one_bit_a_weight(tmp_path):
+    model = vgg(width=0.125, in_channels=3, input_size=32)
+    save_packed(tmp_path / "a", model)
+    weights = sum(weight.numel() for weight in binarized_weights(model).values())
+    others = sum(x.numel() * x.element_size() for x in model.state_dict().values()) - 4 * weights
+    content = load_file(tmp_path / "a")
+    assert sum(x.numel() * x.element_size() for x in content.values()) <= weights / 8 + others + 8 * len(content)
+    assert (tmp_path / "a").stat().st_size < weights / 8 + others + 8 * len(content) + 10_000  # names and facts
+
+
+def test_packed_words_are_laid_out_as_documented(tmp_path):
+    model = vgg()
+    save_packed(tmp_path / "a", model)
+    for name, words in load_file(tmp_path / "a").items():
+        if name in binarized_weights(model):
+            signs = model.state_dict()[name].flatten() >= 0
+            expected = [sum(int(bit) << i for i, bit in enumerate(signs[k : k + 64])) for k in range(0, len(signs), 64)]
+            assert [int(word) % 2**64 for word in words] == expected
+
+
+def test_nan_and_negative_zero_keep_their_sign_in_a_packed_file(tmp_path):
+    model = vgg()
+    with torch.no_grad():
+        model.features[0].weight.view(-1)[:4] = torch.tensor([float("nan"), -0.0, float("-inf"), float("inf")])
+    save_packed(tmp_path / "a", model)
+    assert load(tmp_path / "a")[0].features[0].weight.view(-1)[:4].tolist() == [-1, 1, -1, 1]
+
+
+def test_a_packed_network_itself_is_not_a_checkpoint(tmp_path):
+    with pytest.raises(TypeError, match="PackedVGG"):
+        save(tmp_path / "a", pack(vgg()))
+    assert not list(tmp_path.iterdir())
 
 
 @settings(deadline=None, max_examples=60)

@@ -20,8 +20,10 @@ from scipy import stats
 from torch import nn
 
 from bnn_utils import __main__ as cli
-from bnn_utils import campaign, checkpoints, data
+from bnn_utils import campaign, checkpoints, data, faults
+from bnn_utils.layers import binarized_weights
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
+from bnn_utils.packed import pack
 from bnn_utils.training import evaluate
 
 ROOT = Path(cli.__file__).parents[1]
@@ -115,7 +117,7 @@ def best(world):
     return world / "results/run/best.safetensors"
 
 
-# What the three commands do
+# What the commands do
 
 
 def test_train_keeps_what_it_says(tmp_path, capsys):
@@ -229,10 +231,51 @@ def test_nothing_right_has_no_rate():
     assert "not finite in 2 of 3 trials" in text
 
 
+@pytest.mark.parametrize("storage", ["float32", "packed"])
+def test_damage_by_another_error_model(best, tmp_path, capsys, storage):
+    chosen = ["--storage", storage, "--error", "stuck-at-1", "--probabilities", "1", "--trials", 2, "--limit", 20]
+    assert run(["damage", "-e", best, "--dataset", "digits", *chosen, "--out", tmp_path / "t.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert faults.ERRORS["stuck-at-1"].meaning in printed
+    assert f"{storage} storage" in printed
+    model, _ = checkpoints.load(best)
+    table = campaign.run(
+        model, data.digits().test.limit(20), [1.0], 2, storage=storage, repairs=("none", "clip"), error="stuck-at-1"
+    )
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), table)
+    held = pack(model) if storage == "packed" else model
+    with faults.inject(held, 1.0, seed=0, error="stuck-at-1") as flips:
+        assert set(table["flips"]) == {flips.total}  # every stored 0 reads 1
+
+
+def test_pack_and_evaluate_packed(best, tmp_path, capsys):
+    small = tmp_path / "small.safetensors"
+    assert run(["pack", "-e", best, "-o", small]) == 0
+    printed = capsys.readouterr().out
+    assert f"{small.stat().st_size:,} bytes" in printed
+    latent, facts = checkpoints.load(best)
+    packed, kept = checkpoints.load(small)
+    assert kept == facts | {"packed": True}
+    weights = sum(weight.numel() for weight in binarized_weights(latent).values())
+    assert best.stat().st_size - small.stat().st_size > 3.8 * weights  # from 32 bits a weight to 1
+    images = data.digits().test.limit(50)
+    expected = evaluate(pack(latent), images)
+    assert evaluate(packed, images) == expected == evaluate(pack(packed), images)
+    for checkpoint in (best, small):
+        for options in ([], ["--packed"]):
+            assert run(["evaluate", "-e", checkpoint, "--dataset", "digits", "--limit", 50, *options]) == 0
+            assert f"loss {expected.loss:.4f}, acc {expected.accuracy:.4f} on 50" in capsys.readouterr().out
+
+
 def test_help(capsys):
     assert run(["--help"]) == 0
-    assert "{train,evaluate,damage}" in capsys.readouterr().out
-    for command, option in [("train", "--resume"), ("evaluate", "--limit"), ("damage", "--probabilities")]:
+    assert "{train,evaluate,damage,pack}" in capsys.readouterr().out
+    for command, option in [
+        ("train", "--resume"),
+        ("evaluate", "--limit"),
+        ("damage", "--probabilities"),
+        ("pack", "-o"),
+    ]:
         assert run([command, "--help"]) == 0
         assert option in capsys.readouterr().out
 
@@ -349,7 +392,7 @@ EVALUATE = "evaluate --dataset digits -e"
 DAMAGE = "damage --dataset digits -e results/run/best.safetensors --limit 5"
 RESUME = f"{' '.join(TRAIN)} --epochs 2 --save run --resume"
 BAD = [
-    bad("", "{train,evaluate,damage}"),
+    bad("", "{train,evaluate,damage,pack}"),
     bad("dance", "dance"),
     bad("train --dataset digits", "--model"),
     bad("train --model alexnet --dataset digits", "alexnet"),
@@ -417,6 +460,14 @@ BAD = [
     bad("evaluate --dataset digits --limit 0 -e results/run/best.safetensors", "limit"),
     bad("evaluate --dataset digits --limit -3 -e results/run/best.safetensors", "limit"),
     bad("evaluate --dataset digits --device abacus -e results/run/best.safetensors", "abacus"),
+    bad("evaluate --dataset digits --packed --device cuda -e results/run/best.safetensors", "cuda"),
+    bad("pack -e results/run/best.safetensors", "-o"),
+    bad("pack -o new.safetensors", "-e"),
+    bad("pack -e cut.safetensors -o new.safetensors", "cut.safetensors"),
+    bad("pack -e missing.safetensors -o new.safetensors", "missing.safetensors"),
+    bad("pack -e results/run/best.safetensors -o cut.safetensors", "cut.safetensors"),
+    bad("pack -e results/run/best.safetensors -o results", "results"),
+    bad("pack -e results/run/best.safetensors -o nowhere/new.safetensors", "nowhere"),
     bad(f"{DAMAGE} --probabilities 1e-3 1.5", "1.5"),
     bad(f"{DAMAGE} --probabilities -0.1", "-0.1"),
     bad(f"{DAMAGE} --probabilities nan --out new.csv", "nan"),
@@ -429,6 +480,8 @@ BAD = [
     bad(f"{DAMAGE} --limit 0", "limit"),
     bad(f"{DAMAGE} --seed -1", "seed"),
     bad(f"{DAMAGE} --storage paper --out new.csv", "paper"),
+    bad(f"{DAMAGE} --storage packed --device cuda --out new.csv", "cuda"),
+    bad(f"{DAMAGE} --error rust --out new.csv", "rust"),
     bad(f"{DAMAGE} --repair none pray --out new.csv", "pray"),
     bad(f"{DAMAGE} --device abacus --out new.csv", "abacus"),
     bad(f"{DAMAGE} --trials 1 --out trials.csv", "trials.csv"),

@@ -1,5 +1,6 @@
 """Bit errors against independent counts on the stored bits: exact numbers, exact undo, the same from any machine."""
 
+import copy
 import hashlib
 import subprocess
 import sys
@@ -15,14 +16,31 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import binom, chi2
 from torch import nn
 
-from bnn_utils import faults
-from bnn_utils.faults import PARAMETERS, Flips, float32_storage, inject, stored_tensors, targeted
+from bnn_utils import faults, flipping
+from bnn_utils.faults import (
+    ERRORS,
+    PARAMETERS,
+    ErrorModel,
+    Flips,
+    float32_storage,
+    inject,
+    stored_tensors,
+    targeted,
+)
 from bnn_utils.layers import BinarizeConv2d, BinarizeLinear, binarize
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
 
 FALSE_ALARM = 1e-6  # of a whole statistical test
 SPECIAL = (0x00000000, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFC12345, 0x00000001, 0x807FFFFF)
 PATTERNS = st.one_of(st.sampled_from(SPECIAL), st.integers(0, 2**32 - 1))
+
+
+WAYS = pytest.mark.parametrize("compiled", [True, False], ids=["memory", "indexed"])
+
+
+def one_way(monkeypatch, compiled):
+    """Reach bits through compiled code, or through torch's indexing as on a GPU."""
+    monkeypatch.setattr(flipping, "NUMBA", flipping.NUMBA and compiled)
 
 
 def vgg():
@@ -45,7 +63,7 @@ def bits_of(model):
     """Return every tensor's bits as numpy has them, in logical order, by state_dict name."""
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     return {
-        name: np.ascontiguousarray(x).view({4: np.uint32, 8: np.uint64}[x.itemsize]).reshape(-1).copy()
+        name: np.ascontiguousarray(x).view({2: np.uint16, 4: np.uint32, 8: np.uint64}[x.itemsize]).reshape(-1).copy()
         for name, x in state.items()
     }
 
@@ -63,6 +81,11 @@ def stored_bits(model):
 def same(before, after):
     assert before.keys() == after.keys()
     return all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def in_order(words):
+    """Return the bits of `words` in memory order, a bool each."""
+    return np.unpackbits(words.view(np.uint8), bitorder="little").astype(bool)
 
 
 def damaged_bits(model, probability, **arguments):
@@ -205,7 +228,7 @@ def test_interrupted_while_flipping(monkeypatch):
     before = bits_of(model)
     seen = []
 
-    def positions(total, probability, generator):
+    def runs(total, probability, length, generator):
         seen.append(total)
         yield np.arange(40)
         assert len(seen) < 4 or not same(before, bits_of(model))
@@ -213,26 +236,48 @@ def test_interrupted_while_flipping(monkeypatch):
             raise KeyboardInterrupt
         yield np.arange(40, 64)
 
-    monkeypatch.setattr(faults, "sample_positions", positions)
+    monkeypatch.setattr(faults, "sample_runs", runs)
     with pytest.raises(KeyboardInterrupt), inject(model, 0.5, seed=0):
         pytest.fail("the injection went on")
     assert same(before, bits_of(model))
 
 
-def test_two_chunks_that_share_a_word_are_undone(monkeypatch):
+@WAYS
+@pytest.mark.parametrize("p", [0.01, 0.5])  # a list of flips, and a copy
+def test_two_chunks_that_share_a_word_are_undone(monkeypatch, compiled, p):
+    one_way(monkeypatch, compiled)
     model = small()
-    before, stored = bits_of(model), stored_bits(model)
-    monkeypatch.setattr(faults, "sample_positions", lambda *_: iter([np.array([0, 5, 31]), np.array([32 - 1 - 7, 33])]))
-    after, flips = damaged_bits(model, 0.5, seed=0, targets="3.weight")
+    stored = stored_bits(model)
+    monkeypatch.setattr(faults, "sample_runs", lambda *_: iter([np.array([0, 5, 31]), np.array([32 - 1 - 7, 33])]))
+    with float32_storage(model):  # so that it is not the latent weights that come back
+        after, flips = damaged_bits(model, p, seed=0, targets="3.weight")
+        assert same(stored, bits_of(model))
     expected = stored["3.weight"].copy()
     expected[0] ^= (1 << 0) + (1 << 5) + (1 << 31) + (1 << 24)
     expected[1] ^= 1 << 1
     assert np.array_equal(after["3.weight"], expected)
     assert flips.total == 5
-    assert same(before, bits_of(model))
 
 
-def test_a_parameter_without_dimensions():
+@WAYS
+def test_positions_beyond_32_bits(monkeypatch, compiled):
+    one_way(monkeypatch, compiled)
+    monkeypatch.setattr(faults, "sample_runs", lambda *_: iter([np.array([5, 31, 2**32 + 5, 2**32 + 33])]))
+    large = nn.Module()
+    large.register_buffer("weight", torch.empty(2**27 + 2))  # memory that is not touched is not taken
+    ends = torch.tensor([0, 1, 2**27, 2**27 + 1])
+    large.weight[ends] = 1.0
+    with inject(large, 1e-9, seed=0) as flips:
+        changed = large.weight[ends].view(torch.int32) ^ torch.ones(4).view(torch.int32)
+        assert changed.tolist() == [(1 << 5) - (1 << 31), 0, 1 << 5, 1 << 1]
+        assert np.flatnonzero(flips.bits).tolist() == [1, 5, 31]
+    assert large.weight[ends].tolist() == [1.0] * 4
+
+
+@WAYS
+def test_a_parameter_without_dimensions(monkeypatch, compiled):
+    one_way(monkeypatch, compiled)
+
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -242,6 +287,11 @@ def test_a_parameter_without_dimensions():
     with inject(model, 1.0, seed=0, targets="scale") as flips:
         assert model.scale.detach().numpy().reshape(1).view(np.uint32)[0] == 0xFFFFFFFF ^ 0x40000000
         assert flips.total == 32
+    assert model.scale.item() == 2.0
+    monkeypatch.setattr(faults, "sample_runs", lambda *_: iter([np.array([3, 31])]))
+    with inject(model, 0.01, seed=0, targets="scale", error="asymmetric") as flips:
+        assert model.scale.detach().numpy().reshape(1).view(np.uint32)[0] & 0x7FFFFFF7 == 0x40000000
+        assert flips.total > 0
     assert model.scale.item() == 2.0
 
 
@@ -259,9 +309,11 @@ def test_same_seed_same_flips():
     assert not same(one, other)
 
 
-def test_threads_and_processes_do_not_matter():
+def test_threads_processes_and_numba_do_not_matter():
     code = (
-        "import sys, torch; sys.path.insert(0, 'tests'); import test_faults as t\n"
+        "import sys, torch; sys.path.insert(0, 'tests'); sys.modules['numba'] = None\n"
+        "import test_faults as t\n"
+        "assert not t.flipping.NUMBA\n"
         "for threads in (1, 2):\n"
         "    torch.set_num_threads(threads)\n"
         "    print(t.digest(t.vgg()))\n"
@@ -322,7 +374,11 @@ def test_targets_by_kind_name_and_pattern():
         name for name in names if name.startswith("classifier.") and "num_batches" not in name
     }
     assert set(targeted(model, ("bn_scale", "*.0.weight"))) == scales | {"features.0.weight", "classifier.0.weight"}
-    assert {kind for kind, _ in stored_tensors(model).values()} == set(faults.KINDS)
+    assert {stored.kind for stored in stored_tensors(model).values()} == set(faults.KINDS) - {
+        "thresholds",
+        "directions",
+    }
+    assert all(stored.mask is None for stored in stored_tensors(model).values())
 
 
 def test_running_statistics_are_hit_only_when_named():
@@ -354,6 +410,7 @@ def test_default_targets_suit_a_network_without_batchnorm():
         dict(probability=float("inf")),
         dict(seed=-1),
         dict(error="stuck"),
+        dict(error=""),
         dict(targets=("weights", "nothing")),
         dict(targets="features.99.weight"),
         dict(targets=("features.1.num_batches_tracked",)),
@@ -378,6 +435,42 @@ def test_other_precisions_are_refused_and_nothing_changes():
 
 
 # Float32 storage
+
+
+def test_a_held_network_is_left_as_it_is(monkeypatch):
+    model = vgg()
+    latent, stored = bits_of(model), stored_bits(model)
+    with float32_storage(model):
+        with monkeypatch.context() as patch:
+            patch.setattr(faults, "binarize", lambda _: pytest.fail("passes over the weights again"))
+            with inject(model, 0.3, seed=0):
+                damaged = bits_of(model)
+                with float32_storage(model), inject(model, 0.0, seed=0):
+                    assert same(damaged, bits_of(model))
+                assert same(damaged, bits_of(model))
+        assert same(stored, bits_of(model))
+    assert same(latent, bits_of(model))
+
+
+def test_exceptions_end_the_hold_and_the_next_one_works():
+    model = vgg()
+    latent, stored = bits_of(model), stored_bits(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError), float32_storage(model):
+            with pytest.raises(KeyError), float32_storage(model), inject(model, 0.3, seed=0):
+                raise KeyError
+            assert same(stored, bits_of(model))
+            raise RuntimeError
+        assert same(latent, bits_of(model))
+
+
+def test_two_networks_are_held_apart():
+    one, other = vgg(), vgg()
+    with float32_storage(one):
+        with float32_storage(other):
+            assert same(stored_bits(one), bits_of(other))
+        assert not same(stored_bits(one), bits_of(other))
+        assert same(stored_bits(one), bits_of(one))
 
 
 def test_weights_are_stored_as_signs_and_given_back():
@@ -443,7 +536,314 @@ def test_a_flipped_sign_bit_changes_exactly_its_weight(monkeypatch):
     layer = BinarizeLinear(6, 5, bias=False, binarize_input=False)
     plain = layer(torch.eye(6)).T.detach().flatten()
     for word in range(30):
-        monkeypatch.setattr(faults, "sample_positions", lambda *_, at=word: iter([np.array([32 * at + 31])]))
+        monkeypatch.setattr(faults, "sample_runs", lambda *_, at=word: iter([np.array([32 * at + 31])]))
         with torch.no_grad(), inject(layer, 0.5, seed=0):
             acting = layer(torch.eye(6)).T.flatten()
         assert torch.nonzero(acting != plain).flatten().tolist() == [word]
+
+
+# Packed storage, on a network that has nothing but buffers
+
+
+class PackedLayer(nn.Module):
+    """Buffers as a packed layer has them, of random bits."""
+
+    def __init__(self, threshold, masked, seed):
+        super().__init__()
+        generator = np.random.default_rng(seed)
+        sizes = {
+            "weight": (torch.int64, (40, 3)),
+            "threshold": (threshold, (70,)),
+            "direction": (torch.int64, (2,)),
+            "bias": (torch.float32, (11,)),
+            "scale": (torch.float32, (3,)),
+            "shift": (torch.float32, (3,)),
+        }
+        for name, (dtype, shape) in sizes.items():
+            raw = bytearray(generator.bytes(int(np.prod(shape)) * dtype.itemsize))
+            self.register_buffer(name, torch.frombuffer(raw, dtype=dtype).view(shape))
+        self.masks = {}
+        if masked:  # 130 inputs, so two bits of the third word, and 70 directions
+            self.masks["weight"] = torch.tensor([-1, -1, 3]).expand(40, 3)
+            self.masks["direction"] = torch.tensor([-1, 63])
+
+
+def packed():
+    return nn.Sequential(PackedLayer(torch.int16, True, 0), nn.Identity(), PackedLayer(torch.int32, False, 1))
+
+
+def used_bits(model):
+    """Return, by name, which bits hold something."""
+    used = {name: np.ones(8 * tensor.nbytes, bool) for name, tensor in model.state_dict().items()}
+    used["0.weight"] = np.tile(np.arange(192) < 130, 40)
+    used["0.direction"] = np.arange(128) < 70
+    return used
+
+
+MODELS = [*ERRORS, ErrorModel("", "", zero_to_one=0.3, one_to_zero=0.7), ErrorModel("", "", 0.9, 0.4, length=3)]
+
+
+def test_kinds_and_masks_of_a_packed_network():
+    model = packed()
+    stored = stored_tensors(model)
+    assert list(stored) == list(model.state_dict())
+    assert [kind for kind, _, _ in stored.values()] == 2 * [
+        "weights",
+        "thresholds",
+        "directions",
+        "biases",
+        "bn_scale",
+        "bn_shift",
+    ]
+    assert {name for name, held in stored.items() if held.mask is not None} == {"0.weight", "0.direction"}
+    assert stored["0.weight"].mask is model[0].masks["weight"]
+    assert set(targeted(model)) == set(stored)
+    assert set(targeted(model, "thresholds")) == {"0.threshold", "2.threshold"}
+    assert set(targeted(model, ("directions", "0.*"))) == {name for name in stored if name < "1"} | {"2.direction"}
+    assert targeted(model, "thresholds")["0.threshold"] is model[0].threshold
+
+
+def test_integers_of_an_ordinary_layer_are_not_stored():
+    layer = nn.Linear(2, 2)
+    layer.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    assert list(stored_tensors(layer)) == ["weight", "bias"]
+
+
+@WAYS
+def test_every_used_bit_inverts_at_probability_one_and_no_other(monkeypatch, compiled):
+    one_way(monkeypatch, compiled)
+    model = packed()
+    before, used = bits_of(model), used_bits(model)
+    after, flips = damaged_bits(model, 1.0, seed=0)
+    for name in before:
+        assert np.array_equal(in_order(before[name] ^ after[name]), used[name]), name
+    assert flips.tensors == {name: int(bits.sum()) for name, bits in used.items()}
+    assert flips.bits.shape == (64,)
+
+
+@WAYS
+@pytest.mark.parametrize("p", [0.003, 0.2])
+def test_used_bits_flip_with_the_probability_and_unused_ones_never(monkeypatch, compiled, p):
+    one_way(monkeypatch, compiled)
+    model, seeds = packed(), 60
+    before, used = bits_of(model), used_bits(model)
+    changed = dict.fromkeys(used, 0)
+    for seed in range(seeds):
+        after, _ = damaged_bits(model, p, seed=seed)
+        for name in before:
+            flipped = in_order(before[name] ^ after[name])
+            assert not (flipped & ~used[name]).any(), name
+            changed[name] += flipped
+    alarm = FALSE_ALARM / 2 / (64 * len(used))
+    for name, counts in changed.items():
+        size = 8 * before[name].itemsize
+        for bit in range(size):  # each position in the element by itself
+            n = seeds * used[name][bit::size].sum()
+            count = counts[bit::size].sum()
+            assert binom.ppf(alarm, n, p) <= count <= binom.isf(alarm, n, p), (name, bit)
+
+
+# Models of errors
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_models_say_what_they_are(name):
+    error = ERRORS[name]
+    assert error.meaning.endswith(".") and ". " not in error.meaning
+    assert error.source.endswith(".")
+
+
+def test_error_models_by_name():
+    rates = {name: (error.zero_to_one, error.one_to_zero) for name, error in ERRORS.items()}
+    assert rates["flip"] == rates["burst"] == (1, 1)
+    assert rates["stuck-at-0"] == (0, 1)
+    assert rates["stuck-at-1"] == (1, 0)
+    assert rates["asymmetric"][0] > rates["asymmetric"][1] > 0  # high resistance, 0, is the weaker state
+    assert {name for name, error in ERRORS.items() if error.length > 1} == {"burst"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(zero_to_one=-0.1),
+        dict(one_to_zero=1.1),
+        dict(zero_to_one=float("nan")),
+        dict(zero_to_one=0.0, one_to_zero=0.0),
+        dict(length=0),
+    ],
+)
+def test_wrong_error_models(arguments):
+    with pytest.raises(ValueError, match="|".join(arguments)):
+        ErrorModel("", "", **arguments)
+
+
+def test_an_unknown_error_model_is_told_the_known_ones():
+    with pytest.raises(ValueError, match=", ".join(ERRORS)), inject(small(), 0.5, seed=0, error="flop"):
+        pass
+
+
+@pytest.mark.parametrize("error", MODELS)
+@pytest.mark.parametrize("p", [0.02, 0.5])
+def test_bits_err_at_the_rate_of_what_they_store(error, p):
+    model, seeds = packed(), 25
+    rates = ERRORS[error] if isinstance(error, str) else error
+    before, used = bits_of(model), used_bits(model)
+    names = [name for name in before if before[name].size > 10]
+    # Bits `length` apart share no run, so among them errors are independent and their number binomial.
+    seen = np.zeros((2, rates.length), int)
+    total = np.zeros((2, rates.length), int)
+    for seed in range(seeds):
+        after, _ = damaged_bits(model, p, seed=seed, error=error)
+        for name in names:
+            stored, changed = in_order(before[name]), in_order(before[name] ^ after[name])
+            assert not (changed & ~used[name]).any()
+            for part in range(rates.length):
+                for value in (0, 1):
+                    own = (used[name] & (stored == value))[part :: rates.length]
+                    seen[value, part] += (changed[part :: rates.length] & own).sum()
+                    total[value, part] += own.sum()
+    alarm = FALSE_ALARM / 2 / seen.size
+    for value, rate in ((0, rates.zero_to_one), (1, rates.one_to_zero)):
+        assert (binom.ppf(alarm, total[value], p * rate) <= seen[value]).all()
+        assert (seen[value] <= binom.isf(alarm, total[value], p * rate)).all()
+        assert rate > 0 or not seen[value].any()
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3, 1.0])
+def test_stuck_cells_all_read_one_value_where_they_are(p):
+    """The same cells are stuck whatever they store: two networks with opposite bits tell which."""
+    one, other = nn.Linear(50, 40, bias=False), nn.Linear(50, 40, bias=False)
+    other.weight.data = (~one.weight.data.view(torch.int32)).view(torch.float32)
+    for error, value in (("stuck-at-0", 0), ("stuck-at-1", 1)):
+        changed = []
+        for model in (one, other):
+            before = bits_of(model)["weight"]
+            after = damaged_bits(model, p, seed=3, error=error)[0]["weight"]
+            assert (in_order(after)[in_order(before ^ after)] == value).all()
+            changed.append(in_order(before ^ after))
+        assert not (changed[0] & changed[1]).any()
+        n, count = changed[0].size, (changed[0] | changed[1]).sum()
+        assert binom.ppf(FALSE_ALARM / 12, n, p) <= count <= binom.isf(FALSE_ALARM / 12, n, p)
+
+
+@WAYS
+@pytest.mark.parametrize("error", MODELS)
+@pytest.mark.parametrize("p", [1e-3, 0.02, 0.3])
+def test_flips_are_what_really_changed(monkeypatch, compiled, error, p):
+    one_way(monkeypatch, compiled)
+    for model in (packed(), small()):
+        before = stored_bits(model) if any(True for _ in model.parameters()) else bits_of(model)
+        after, flips = damaged_bits(model, p, seed=1, error=error)
+        changed = {name: before[name] ^ after[name] for name in before}
+        counts = {name: int(in_order(x).sum()) for name, x in changed.items()}
+        assert flips.tensors == {name: count for name, count in counts.items() if count}
+        planes = np.zeros(len(flips.bits), int)
+        for x in changed.values():
+            planes[: 8 * x.itemsize] += in_order(x).reshape(-1, 8 * x.itemsize).sum(0)[: len(planes)]
+        assert flips.bits.tolist() == planes.tolist()
+
+
+@WAYS
+@pytest.mark.parametrize("raised", [None, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", MODELS)
+@pytest.mark.parametrize("p", [0.02, 0.3])
+def test_every_error_model_is_undone(monkeypatch, compiled, raised, error, p):
+    one_way(monkeypatch, compiled)
+    for model in (packed(), small()):
+        before = bits_of(model)
+        try:
+            with inject(model, p, seed=2, targets="*", error=error) as flips:
+                assert flips.total > 0
+                assert not same(before, bits_of(model))
+                with inject(model, p, seed=3, error=error):
+                    pass
+                if raised is not None:
+                    raise raised
+        except (ValueError, KeyboardInterrupt) as caught:
+            assert type(caught) is raised
+        assert same(before, bits_of(model))
+
+
+@pytest.mark.skipif(not flipping.NUMBA, reason="needs Numba")
+@pytest.mark.parametrize("p", [1e-3, 0.3])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_on_either_side_of_compiled_code_is_undone(monkeypatch, when, p):
+    model = vgg()
+    before = bits_of(model)
+    flip, calls = flipping._flip, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if when == "before" and len(calls) == 5:
+            raise KeyboardInterrupt
+        flip(*arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(flipping, "_flip", interrupted)
+    with pytest.raises(KeyboardInterrupt), inject(model, p, seed=0):
+        pytest.fail("the injection went on")
+    assert same(before, bits_of(model))
+
+
+@pytest.mark.parametrize("error", MODELS)
+@pytest.mark.parametrize("build", [packed, vgg])
+@pytest.mark.parametrize("p", [1e-3, 0.3])
+def test_both_ways_to_the_bits_give_the_same(monkeypatch, error, build, p):
+    after, flips = damaged_bits(build(), p, seed=4, error=error)
+    one_way(monkeypatch, False)
+    again, counted = damaged_bits(build(), p, seed=4, error=error)
+    assert same(after, again)
+    assert flips.tensors == counted.tensors
+    assert flips.bits.tolist() == counted.bits.tolist()
+
+
+@pytest.mark.parametrize("error", MODELS)
+def test_layout_and_other_targets_do_not_matter_to_any_error_model(error):
+    after, _ = damaged_bits(vgg(), 0.02, seed=5, targets="*", error=error)
+    name = "features.3.weight"
+    scattered = vgg().to(memory_format=torch.channels_last)
+    assert not scattered.features[3].weight.is_contiguous()
+    for model in (vgg(), scattered):
+        alone, flips = damaged_bits(model, 0.02, seed=5, targets=name, error=error)
+        assert set(flips.tensors) == {name}
+        assert np.array_equal(alone[name], after[name])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("error", MODELS)
+def test_a_gpu_gives_the_same(error):
+    model, moved = vgg(), vgg().cuda()
+    expected, flips = damaged_bits(model, 0.02, seed=6, error=error)
+    with inject(moved, 0.02, seed=6, error=error) as counted:
+        assert same(expected, bits_of(copy.deepcopy(moved).cpu()))
+        assert counted.tensors == flips.tensors
+        assert counted.bits.tolist() == flips.bits.tolist()
+    assert same(bits_of(model), bits_of(moved.cpu()))
+
+
+# Bursts
+
+
+def test_every_bit_of_a_small_tensor_is_in_a_burst_with_the_probability():
+    """The ends too: the first and the last bit, one element and its neighbour."""
+    layer, p, seeds = nn.Linear(2, 1, bias=False), 0.2, 4000
+    before = bits_of(layer)["weight"]
+    counts = np.zeros(64)
+    for seed in range(seeds):
+        counts += in_order(before ^ damaged_bits(layer, p, seed=seed, error="burst")[0]["weight"])
+    low, high = binom.interval(1 - FALSE_ALARM / 64, seeds, p)
+    assert low <= counts.min() and counts.max() <= high
+
+
+def test_bursts_are_runs_along_the_memory():
+    model = vgg()
+    name = "features.14.weight"
+    before = stored_bits(model)[name]
+    after, flips = damaged_bits(model, 1e-3, seed=7, targets=name, error="burst")
+    at = np.flatnonzero(in_order(before ^ after[name]))
+    runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+    assert flips.total == len(at)
+    inner = [len(run) for run in runs if run[0] > 0 and run[-1] < 32 * before.size - 1]
+    assert len(inner) > 10 and min(inner) == ERRORS["burst"].length
+    assert any(run[0] // 32 != run[-1] // 32 for run in runs)  # a run does not stop where an element ends

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bnn_utils import data, tutorial
-from bnn_utils.training import Recipe
+from bnn_utils.training import Recipe, train
 from bnn_utils.tutorial import PROFILES, start
 
 
@@ -23,6 +23,7 @@ def clean(monkeypatch, tmp_path):
     monkeypatch.delenv("BNN_PROFILE", raising=False)
     monkeypatch.delenv("BNN_DATA", raising=False)
     monkeypatch.setenv("BNN_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("BNN_NETWORKS", str(tmp_path / "networks"))
     with plt.rc_context():
         yield
     plt.close("all")
@@ -125,18 +126,33 @@ def test_networks_start_from_the_seed():
     assert not torch.equal(one["conv1.weight"], another["conv1.weight"])
 
 
-def test_dataset_and_trained():
+def test_dataset_and_trained(monkeypatch):
     settings = start()
     assert settings.dataset().name == "digits"
     recipe = Recipe(epochs=1, batch_size=512)
     settings = replace(settings, sizes=replace(settings.sizes, recipe=recipe, vgg_width=0.02))
     dataset = settings.dataset()
+    trainings = []
+    monkeypatch.setattr(tutorial, "train", lambda *given: (trainings.append(given), train(*given)))
     one, other = (settings.trained("vgg_cifar10_binary", dataset) for _ in range(2))
-    assert not one.training
+    assert not one.training and not other.training and len(trainings) == 1  # the second is the first, kept
     untrained = settings.network("vgg_cifar10_binary", dataset).state_dict()
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     assert not torch.equal(one.state_dict()["features.3.weight"], untrained["features.3.weight"])
+    for changed in (
+        replace(settings, seed=1),
+        replace(settings, sizes=replace(settings.sizes, recipe=replace(recipe, lr=1e-4))),
+        replace(settings, sizes=replace(settings.sizes, vgg_width=0.03)),
+    ):
+        other = changed.trained("vgg_cifar10_binary", dataset)  # of another training, so nothing kept is of use
+        assert not torch.equal(
+            other.state_dict()["features.3.weight"].flatten()[:9], one.features[3].weight.flatten()[:9]
+        )
+    assert len(trainings) == 4
+    (settings.networks / "vgg_cifar10_binary.safetensors").write_bytes(b"broken")
+    again = settings.trained("vgg_cifar10_binary", dataset)
+    assert torch.equal(again.features[3].weight, one.features[3].weight)
 
 
 # Figures

@@ -163,6 +163,7 @@ def first_line(text: str) -> str:
 
 def run_all(root: Path, profile: str, wanted: list[str], output: Path) -> list[Run]:
     """Execute notebooks in order, write their executed copies, print a table; a failing cell stops it."""
+    shutil.rmtree(networks_folder(output, profile), ignore_errors=True)  # what this run loads, this run has trained
     paths = find_notebooks(root, wanted)
     runs = []
     print(f"Running {count(len(paths), 'notebook')}, profile {profile}", flush=True)
@@ -240,8 +241,13 @@ def noise(cell: Any) -> str | None:
 def kernel_environment(profile: str, output: Path) -> dict[str, str]:
     """The environment of a notebook's kernel; matplotlib's backend is left to the kernel."""
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
-    figures = str(output / "figures")
-    return environment | {"BNN_PROFILE": profile, "BNN_FIGURES": figures, "TQDM_DISABLE": "1"}
+    folders = {"BNN_FIGURES": str(output / "figures"), "BNN_NETWORKS": str(networks_folder(output, profile).parent)}
+    return environment | folders | {"BNN_PROFILE": profile, "TQDM_DISABLE": "1"}
+
+
+def networks_folder(output: Path, profile: str) -> Path:
+    """Where a notebook leaves the networks that it trained to those after it."""
+    return output / "executed" / "networks" / profile
 
 
 def figures_of(output: Path, profile: str, notebook: Path) -> list[str]:
