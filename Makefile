@@ -8,7 +8,7 @@ REPOSITORY ?=
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help notebooks test lab publish badges lint clean
+.PHONY: help notebooks test lab publish benchmark badges lint clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -19,6 +19,7 @@ help:
 	@echo "make lint        lint and type check only"
 	@echo "make publish     run the course and write its outputs into notebooks/, figures/published/ and README.md"
 	@echo "make badges      point badges, links and set-up cells at REPOSITORY=owner/name (default: git's origin)"
+	@echo "make benchmark   measure inference, kernel, injection and sweep into benchmarks/results/ (on an idle machine)"
 	@echo "make clean       remove what runs have made (not $(VENV))"
 	@echo
 	@echo "Settings: PROFILE=quick|full   PYTHON=python3   VENV=.venv"
@@ -36,6 +37,13 @@ notebooks: $(STAMP)
 
 publish: $(STAMP)
 	@$(RUN) tools/notebooks.py publish --profile "$(PROFILE)"
+
+benchmark: $(STAMP)
+	$(RUN) -m pip install --disable-pip-version-check --quiet --editable ".[benchmark]"
+	$(RUN) -m benchmarks.inference
+	$(RUN) -m benchmarks.popcount
+	$(RUN) -m benchmarks.injection
+	$(RUN) -m benchmarks.sweep
 
 badges: $(STAMP)
 	@$(RUN) tools/notebooks.py badges --repository "$(REPOSITORY)"

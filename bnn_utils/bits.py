@@ -97,9 +97,11 @@ def _distance_table(rate: float) -> NDArray[np.uint16]:
 def _look_up(table, lanes, distances, unsure):
     count = 0
     for i in range(len(lanes)):
-        distances[i] = table[lanes[i]]
-        unsure[count] = i
-        count += distances[i] == 0
+        distance = table[lanes[i]]
+        distances[i] = distance
+        if distance == 0:
+            unsure[count] = i
+            count += 1
     return count
 
 

@@ -1,5 +1,8 @@
 """The deployed form of a binarized network: 1 bit a weight, integer thresholds, XNOR and popcount on the CPU."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
@@ -21,6 +24,19 @@ except ImportError:  # a machine without Numba
 
 ENGINES = ("numba", "torch") if kernels else ("torch",)
 PANEL = 32  # filters that lie side by side in memory, as the compiled kernel reads them
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Let torch compute with one thread, in this Python thread and in those that are started meanwhile."""
+    threads = torch.get_num_threads()
+    if threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)
 
 
 def _words(n: int) -> int:
@@ -124,7 +140,8 @@ class PackedLayer(nn.Module):
 
     def image(self, x: Tensor) -> Tensor:
         """Convolve a float image (images, inputs, height, width), with bias, to (images, height', width', channels)."""
-        y = functional.conv2d(x, self.signs(), getattr(self, "bias", None), self.stride, self.padding)
+        with _one_torch_thread():  # more of them would go on spinning after their work, in the way of the kernel's
+            y = functional.conv2d(x, self.signs(), getattr(self, "bias", None), self.stride, self.padding)
         return y.permute(0, 2, 3, 1).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -253,7 +270,7 @@ class PackedModel(nn.Module):
     It computes on the CPU, with torch's number of threads. Its layers bear the names of the float network's.
     """
 
-    pixels = 1 << 14  # of the images that go through together, so that what lies between two layers stays in the caches
+    numbers = 3 << 19  # that the first layer puts out at a time; so what lies between two layers stays in the caches
 
     def __init__(self, model: BinarizedVGG | BinarizedResNet):
         super().__init__()
@@ -270,8 +287,15 @@ class PackedModel(nn.Module):
                 "a packed network wants float32 images (batch, channels, height, width) on the CPU, "
                 f"got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-        chunks = max(1, min(len(x), -(-x[:, 0].numel() // self.pixels)))
-        return torch.cat([self.logits(part) for part in x.tensor_split(chunks)])
+        channels = next(module.channels for module in self.modules() if isinstance(module, PackedLayer))
+        chunks = max(1, min(len(x), -(-x[:, 0].numel() * channels // self.numbers)))
+        parts = x.tensor_split(chunks)
+        threads = min(torch.get_num_threads(), chunks)
+        if threads == 1:
+            return torch.cat([self.logits(part) for part in parts])
+        # A thread a chunk: they never wait for each other, so another program's work slows them no more than it must.
+        with _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
+            return torch.cat(list(pool.map(self.logits, parts)))
 
 
 class PackedVGG(PackedModel):

@@ -601,3 +601,191 @@ def accuracy_against_flips(table: pd.DataFrame) -> Figure:
     )
     axis.legend()
     return figure
+
+
+def packed_filter(table: pd.DataFrame) -> Figure:
+    """Draw a filter twice: the signs of its first input channel, and every channel's signs as the bits of words.
+
+    Args:
+        table: columns tap (from 0, row by row of a square kernel), bit (0 to 63, the input channel), sign (+1 or -1;
+            NaN where the word has a bit to spare) and word (the tap's 64 bits, in hexadecimal).
+    """
+    signs = table.pivot(index="tap", columns="bit", values="sign").to_numpy()
+    taps, bits = signs.shape
+    side = round(taps**0.5)
+    colors = plt.get_cmap("cividis").with_extremes(bad="0.85")
+    figure, (square, words) = plt.subplots(1, 2, figsize=(8.2, 2.5), width_ratios=(1, 4))
+    square.imshow(signs[:, 0].reshape(side, side), vmin=-1, vmax=1, cmap=colors)
+    for tap, sign in enumerate(signs[:, 0]):
+        drawn = dict(ha="center", va="center", color="k" if sign > 0 else "w", fontsize=11)
+        square.text(tap % side, tap // side, f"{sign:+.0f}", **drawn)
+    square.set(title="channel 0", xticks=[], yticks=[])
+    words.imshow(signs[:, ::-1], vmin=-1, vmax=1, cmap=colors, aspect="auto", interpolation="none")
+    words.hlines(np.arange(1, taps) - 0.5, -0.5, bits - 0.5, color="w", lw=1.5)
+    words.vlines(np.arange(4, bits, 4) - 0.5, -0.5, taps - 0.5, color="w", lw=1)
+    for tap, word in table.groupby("tap")["word"].first().items():
+        words.text(bits + 0.5, tap, word, va="center", family="monospace", fontsize=8)
+    shown = np.array([0, *range(7, bits, 8)])
+    words.set_xticks(bits - 1 - shown, shown)
+    words.set_yticks(range(taps), range(taps))
+    words.set(title="light: +1, bit 1; dark: -1, bit 0; grey: unused", xlabel="bit of the word = input channel")
+    words.set_ylabel("tap")
+    for axis in (square, words):
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+    return figure
+
+
+def thresholds(table: pd.DataFrame) -> Figure:
+    """Draw what BatchNorm makes of a layer's integers, and the threshold that replaces it, a panel a channel.
+
+    Args:
+        table: columns panel (its title), integer, value (BatchNorm's output), share (of the integers seen that are
+            this one, 0..1), threshold (of the panel) and inverted (whether +1 lies below the threshold).
+    """
+    panels = list(table["panel"].unique())
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(7.0, 2.2 * rows + 0.3), squeeze=False)
+    for axis, panel in zip(axes.flat, panels):
+        own = table[table["panel"] == panel]
+        threshold, inverted = own["threshold"].iloc[0], own["inverted"].iloc[0]
+        low, high = own["integer"].min() - 1, own["integer"].max() + 1
+        ones = (low, threshold - 0.5) if inverted else (threshold - 0.5, high)
+        axis.axvspan(*ones, color="C4", alpha=0.25, lw=0, label="bit is 1")
+        height = own["value"].abs().max()
+        seen = height * own["share"] / own["share"].max()
+        axis.bar(own["integer"], seen, bottom=-height, width=1.6, color="0.75", label="how often seen")
+        axis.plot(own["integer"], own["value"], color="C0", label="after BatchNorm")
+        axis.axhline(0, color="k", lw=0.8)
+        axis.axvline(threshold - 0.5, color="C1", ls="--", label="threshold")
+        axis.set(xlim=(low, high), ylim=(-1.05 * height, 1.05 * height), title=panel)
+        axis.grid(False)
+    for axis in axes[-1]:
+        axis.set(xlabel="integer $d$ of the layer")
+    for axis in axes[:, 0]:
+        axis.set(ylabel="after BatchNorm")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
+    return figure
+
+
+def memory(table: pd.DataFrame) -> Figure:
+    """Draw the bytes of each layer in several forms of storage, on a logarithmic axis, with the totals in the legend.
+
+    Args:
+        table: columns layer (in order from the input), storage and bytes.
+    """
+    layers = list(table["layer"].unique())
+    figure, axis = plt.subplots(figsize=(6.4, 0.3 * len(layers) + 1.1))
+    for index, (storage, own) in enumerate(table.groupby("storage", sort=False)):
+        total = own["bytes"].sum() / 1e6
+        places = [layers.index(layer) for layer in own["layer"]]
+        drawn = ("#000000", "#E69F00", "#0072B2")[index % 3]
+        axis.plot(own["bytes"], places, "osD"[index % 3], color=drawn, ms=6, label=f"{storage}: {total:.1f} MB")
+    axis.set_yticks(range(len(layers)), layers)
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel="bytes of the layer and its BatchNorm")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+_STORED = {
+    "float32": ("#0072B2", "o-"),
+    "float32 and statistics": ("#56B4E9", "o--"),
+    "packed": ("#D55E00", "s-"),
+    "packed, weights alone": ("#000000", "D:"),
+}
+
+
+def damaged_storage(table: pd.DataFrame) -> Figure:
+    """Draw accuracy against bit error probability above, against the mean number of flips below, a column a network.
+
+    Points are means over trials with 95% intervals, a line a form of storage.
+
+    Args:
+        table: what `campaign.run` returns, of one or more networks, with a column memory that names the line.
+    """
+    networks = list(table["network"].unique())
+    size = (3.6 * len(networks) + 0.4, 6.0)
+    figure, axes = plt.subplots(2, len(networks), figsize=size, sharey=True, sharex="row", squeeze=False)
+    for column, network in zip(axes.T, networks):
+        for index, (name, own) in enumerate(table[table["network"] == network].groupby("memory", sort=False)):
+            means = intervals(own, ["probability"], "accuracy")
+            means["flips"] = intervals(own, ["probability"], "flips")["flips"]
+            drawn, style = _STORED.get(str(name), (f"C{index}", "o-"))
+            for axis, x in zip(column, ("probability", "flips")):
+                y, half = 100 * means["accuracy"], 100 * means["accuracy_half"]
+                axis.errorbar(means[x], y, half, fmt=style, color=drawn, capsize=3, ms=4, label=name)
+        column[0].set(title=f"{label(network)}, {table['dataset'].iloc[0]}", xlabel="bit error probability $p$")
+        column[1].set(xlabel="flipped bits, mean of the trials")
+        for axis in column:
+            axis.set(xscale="log", ylim=(0, 100))
+    for axis in axes[:, 0]:
+        axis.set(ylabel="accuracy (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
+    return figure
+
+
+def error_models(table: pd.DataFrame) -> Figure:
+    """Draw accuracy under several error models, means over trials with 95% intervals, a panel a way to compare.
+
+    Args:
+        table: what `campaign.run` returns, with columns error (the model) and equal (what is held equal, the panel).
+    """
+    panels, errors = list(table["equal"].unique()), list(table["error"].unique())
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.4, 0.36 * len(errors) + 1.2), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        networks = table.loc[table["equal"] == panel, "network"].unique()
+        for index, network in enumerate(networks):
+            own = table[(table["equal"] == panel) & (table["network"] == network)]
+            means = intervals(own, ["error"], "accuracy")
+            places = [errors.index(error) + 0.16 * (2 * index + 1 - len(networks)) for error in means["error"]]
+            axis.errorbar(
+                100 * means["accuracy"],
+                places,
+                xerr=100 * means["accuracy_half"],
+                fmt="os"[index % 2],
+                color=color(network, index),
+                capsize=3,
+                label=label(network),
+            )
+        axis.set(title=panel, xlabel="accuracy (%)", xlim=(0, 100))
+    axes[0, 0].set_yticks(range(len(errors)), errors)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].legend(loc="lower left", fontsize=9)
+    return figure
+
+
+def speed(table: pd.DataFrame) -> Figure:
+    """Draw images per second of runtimes, a panel a network; lines lead from the median to the best turn.
+
+    Args:
+        table: what `benchmarks.inference` writes: columns machine, threads, network, width, batch, runtime,
+            images_per_second and best_images_per_second.
+    """
+    networks = list(dict.fromkeys(zip(table["network"], table["width"], strict=True)))
+    runtimes, batches = list(table["runtime"].unique()), list(table["batch"].unique())
+    size = (2.7 * len(networks) + 1.8, 0.32 * len(runtimes) + 1.6)
+    figure, axes = plt.subplots(1, len(networks), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis, (network, width) in zip(axes[0], networks):
+        for index, batch in enumerate(batches):
+            own = table[(table["network"] == network) & (table["width"] == width) & (table["batch"] == batch)]
+            median, best = own["images_per_second"], own["best_images_per_second"]
+            places = [runtimes.index(name) + 0.15 * (2 * index + 1 - len(batches)) for name in own["runtime"]]
+            axis.errorbar(
+                median,
+                places,
+                xerr=[0 * median, best - median],
+                fmt="os"[index % 2],
+                color=("#0072B2", "#D55E00")[index % 2],
+                label=f"batch {batch}",
+            )
+        axis.set(xscale="log", title=f"{label(network)}, width {width:g}", xlabel="images per second")
+    axes[0, 0].set_yticks(range(len(runtimes)), runtimes)
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9)
+    threads = table["threads"].iloc[0]
+    figure.suptitle(f"{table['machine'].iloc[0].split(';')[0]}; threads: {threads}", fontsize=9, x=0.01, ha="left")
+    return figure

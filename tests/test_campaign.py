@@ -23,10 +23,20 @@ from bnn_utils.training import Evaluation
 COLUMNS = ["network", "dataset", "storage", "repair", "probability", "trial", "seed", "flips", "loss", "accuracy"]
 
 
+def with_statistics(model):
+    """Give BatchNorm statistics of its own: fresh ones, all 0 and 1, put whole numbers right on the threshold, where
+    the order in which torch adds a bias decides."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(1, 50)
+    return model.eval()
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8).eval()
+    return with_statistics(vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8))
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +169,7 @@ def test_error_models(model, images, storage):
 @pytest.mark.parametrize("build", [vgg_cifar10_binary, resnet_binary])
 def test_the_packed_form_gives_what_the_floats_give(build, images, monkeypatch):
     torch.manual_seed(1)
-    model = build(width=0.06, in_channels=1, input_size=8).eval()
-    for module in model.modules():  # fresh statistics, all 0 and 1, would put whole numbers right on the threshold
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_()
-            module.running_var.uniform_(1, 50)
+    model = with_statistics(build(width=0.06, in_channels=1, input_size=8))
     campaign_of = dict(probabilities=[1e-3, 1e-2, 1e-1], trials=5, repairs=("none", "clip"), seed=5)
     fast = run(model, images, **campaign_of)
     monkeypatch.setattr(campaign, "deployed", lambda network: network)

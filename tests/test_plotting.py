@@ -453,3 +453,118 @@ def test_accuracy_against_flips():
         dots = [drawn for drawn in axis.lines if drawn.get_marker() == "."][index]
         close(dots.get_xdata(), own["flips"])
         assert to_hex(dots.get_color()) == to_hex(f"C{index}")
+
+
+# One bit per weight
+
+
+def test_packed_filter():
+    rng = np.random.default_rng(6)
+    bits = rng.integers(0, 2, (9, 64))
+    bits[:, 40:] = 0
+    rows = [
+        dict(tap=tap, bit=bit, sign=2 * value - 1 if bit < 40 else np.nan, word=f"word {tap}")
+        for (tap, bit), value in np.ndenumerate(bits)
+    ]
+    square, words = finished(plotting.packed_filter(pd.DataFrame(rows)))
+    close(square.images[0].get_array(), 2 * bits[:, 0].reshape(3, 3) - 1)
+    assert texts(square) == ["+1" if bit else "-1" for bit in bits[:, 0]]
+    shown = words.images[0].get_array()
+    assert np.ma.getmaskarray(shown)[:, ::-1].sum(0).tolist() == [0] * 40 + [9] * 24
+    close(shown[:, ::-1][:, :40], 2 * bits[:, :40] - 1)
+    assert texts(words) == [f"word {tap}" for tap in range(9)]
+    for place, tick in zip(words.get_xticks(), words.get_xticklabels(), strict=True):
+        assert place == 63 - int(tick.get_text())  # the lowest bit is the rightmost
+
+
+def test_thresholds():
+    rows = [
+        dict(panel=panel, integer=integer, value=slope * (integer - 2.5), share=share, threshold=3, inverted=slope < 0)
+        for panel, slope in (("rises", 0.5), ("falls", -0.25), ("again", 1.0))
+        for integer, share in zip(range(-4, 9, 2), [0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1])
+    ]
+    table = pd.DataFrame(rows)
+    axes = finished(plotting.thresholds(table))
+    assert [axis.get_visible() for axis in axes] == [True, True, True, False]
+    for axis, (panel, own) in zip(axes, table.groupby("panel", sort=False)):
+        assert axis.get_title() == panel
+        close(line(axis, "after BatchNorm"), [own["integer"], own["value"]])
+        close(line(axis, "threshold")[0], [2.5, 2.5])  # between the last integer on one side and the first on the other
+        ones, *bars = axis.patches
+        low, high = ones.get_x(), ones.get_x() + ones.get_width()
+        tinted = (own["integer"] > low) & (own["integer"] < high)
+        assert tinted.tolist() == (own["value"] >= 0).tolist()
+        close([bar.get_height() / bars[3].get_height() for bar in bars], own["share"] / 0.4)
+
+
+def test_memory():
+    sizes = {"first": [4000, 1000, 300], "second": [2e6, 5e5, 7e4]}
+    rows = [
+        dict(layer=layer, storage=storage, bytes=size)
+        for layer, own in sizes.items()
+        for storage, size in zip(["float32", "int8", "packed"], own)
+    ]
+    (axis,) = finished(plotting.memory(pd.DataFrame(rows)))
+    assert [text.get_text() for text in axis.get_yticklabels()] == list(sizes)
+    for index, name in enumerate(["float32: 2.0 MB", "int8: 0.5 MB", "packed: 0.1 MB"]):
+        close(line(axis, name), [[own[index] for own in sizes.values()], [0, 1]])
+    assert axis.yaxis_inverted() and axis.get_xscale() == "log"
+
+
+def test_damaged_storage():
+    rng = np.random.default_rng(7)
+    rows = product(NETWORKS, ["float32", "packed"], [1e-3, 1e-2], range(4))
+    table = pd.DataFrame(rows, columns=["network", "memory", "probability", "trial"]).assign(dataset="digits")
+    table["flips"] = rng.integers(1000, 9000, len(table))
+    table["accuracy"] = rng.uniform(0.3, 0.9, len(table))
+    axes = finished(plotting.damaged_storage(table))
+    for column, network in enumerate(NETWORKS):
+        for memory in ("float32", "packed"):
+            groups = table[(table["network"] == network) & (table["memory"] == memory)].groupby("probability")
+            for axis, x in zip((axes[column], axes[column + 2]), ([1e-3, 1e-2], groups["flips"].mean())):
+                seen, y, low, high = bars(axis, memory)
+                close([seen, y], [x, 100 * groups["accuracy"].mean()])
+                close(high - low, [200 * half(values) for _, values in groups["accuracy"]])
+
+
+def test_error_models():
+    rng = np.random.default_rng(8)
+    rows = product(["equal p", "equal flips"], NETWORKS, ["flip", "burst"], range(4))
+    table = pd.DataFrame(rows, columns=["equal", "network", "error", "trial"])
+    table["accuracy"] = rng.uniform(0.3, 0.9, len(table))
+    axes = finished(plotting.error_models(table))
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["flip", "burst"]
+    for axis, panel in zip(axes, ["equal p", "equal flips"]):
+        assert axis.get_title() == panel
+        for network in NETWORKS:
+            groups = table[(table["equal"] == panel) & (table["network"] == network)].groupby("error", sort=False)
+            (found,) = [drawn for drawn in axis.containers if drawn.get_label() == plotting.label(network)]
+            points, _, (segments,) = found.lines
+            assert [round(y) for y in points.get_ydata()] == [0, 1]
+            close(points.get_xdata(), 100 * groups["accuracy"].mean())
+            widths = [end[0] - start[0] for start, end in segments.get_segments()]
+            close(widths, [200 * half(values) for _, values in groups["accuracy"]])
+
+
+def test_speed():
+    rows = [
+        dict(network=network, width=1.0, batch=batch, runtime=runtime, images_per_second=median)
+        | dict(best_images_per_second=1.2 * median, machine="Some CPU, 4 CPUs; python 3", threads=3)
+        for network, (batch, factor), (runtime, median) in product(
+            NETWORKS, [(1, 1), (64, 4)], [("packed", 50.0), ("other", 20.0)]
+        )
+        for median in [median * factor]
+    ]
+    figure = plotting.speed(pd.DataFrame(rows[:-1]))  # of the last network, a runtime is missing at the last batch
+    axes = finished(figure)
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["packed", "other"]
+    for axis, last in zip(axes, (2, 1)):
+        for batch, factor, count in ((1, 1, 2), (64, 4, last)):
+            (found,) = [drawn for drawn in axis.containers if drawn.get_label() == f"batch {batch}"]
+            points, _, (segments,) = found.lines
+            close(points.get_xdata(), np.array([50, 20])[:count] * factor)
+            assert [round(y) for y in points.get_ydata()] == [0, 1][:count]
+            ends = [tuple(segment[:, 0]) for segment in segments.get_segments()]
+            close(ends, np.outer([50, 20], [factor, 1.2 * factor])[:count])
+    title = figure.get_suptitle()
+    assert "Some CPU" in title and "python" not in title and "threads: 3" in title
