@@ -1,4 +1,4 @@
-"""Seconds to damage the full VGG and undo it, in copies of its parameters, at probabilities from 1e-8 to 1e-1."""
+"""Seconds to damage the full VGG and undo it, and in copies of its parameters, at probabilities from 1e-8 to 1e-1."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -29,20 +29,25 @@ COLUMNS = [
     "seconds",
     "copy_seconds",
     "copies",
+    "fresh_copy_seconds",
+    "fresh_copies",
     "rounds",
 ]  # fmt: skip
 
 
-def copy_call(network: nn.Module) -> Callable[[], None]:
-    """Return one copy of the float parameters into tensors that are there already."""
+def copy_calls(network: nn.Module) -> dict[str, Callable[[], None]]:
+    """Return one copy of the float parameters, into tensors that are there already, and into new ones ("fresh")."""
     parameters = [parameter.detach() for parameter in network.parameters()]
     targets = [parameter.clone() for parameter in parameters]
 
-    def call() -> None:
+    def copy() -> None:
         for target, parameter in zip(targets, parameters, strict=True):
             target.copy_(parameter)
 
-    return call
+    def fresh() -> None:
+        _ = [parameter.clone() for parameter in parameters]
+
+    return {"copy": copy, "fresh": fresh}
 
 
 def inject_call(network: nn.Module, probability: float) -> tuple[Callable[[], None], Callable[[], int]]:
@@ -83,8 +88,8 @@ def measure(
     network = common.random_network(NETWORK, width, input_size=size)
     rows: list[dict[str, Any]] = []
 
-    def row(storage: str, probability: float, flips: int, times: Sequence[float], copies: Sequence[float]) -> None:
-        own, copy = np.array(times), np.array(copies)
+    def row(storage: str, probability: float, flips: int, times: dict[str, list[float]]) -> None:
+        own, copy, fresh = (np.array(times[name]) for name in ("inject", "copy", "fresh"))
         rows.append(
             dict(
                 network=NETWORK,
@@ -96,38 +101,45 @@ def measure(
                 seconds=np.median(own),
                 copy_seconds=np.median(copy),
                 copies=np.median(own / copy),
+                fresh_copy_seconds=np.median(fresh),
+                fresh_copies=np.median(own / fresh),
                 rounds=len(own),
             )
         )
         print("{storage:30} p={probability:.0e} {flips:10d} flips {seconds:10.6f} s, ".format(**rows[-1]), end="")
-        print("{copies:9.3f} copies".format(**rows[-1]))
+        print("{copies:9.3f} copies into place, {fresh_copies:9.3f} fresh ones".format(**rows[-1]))
 
-    copy = copy_call(network)
+    copies = copy_calls(network)
     for storage in ("float32", "packed"):
         memory = network if storage == "float32" else pack(network)
         with faults.float32_storage(memory) if storage == "float32" else nullcontext():
             for probability in probabilities:
                 call, flipped = inject_call(memory, probability)
-                times = common.round_robin({"inject": call, "copy": copy}, rounds, seconds)
-                row(storage, probability, flipped(), times["inject"], times["copy"])
-    copies = common.round_robin({"copy": copy}, 1, seconds)["copy"]
+                times = common.round_robin({"inject": call, **copies}, rounds, seconds)
+                row(storage, probability, flipped(), times)
+    times = common.round_robin(copies, 1, seconds)
     with faults.float32_storage(network):
         started = time.perf_counter()
         flips = dense_inject(list(network.parameters()), DENSE_PROBABILITY)
-        row(DENSE, DENSE_PROBABILITY, flips, [time.perf_counter() - started], copies)
+        row(DENSE, DENSE_PROBABILITY, flips, {"inject": [time.perf_counter() - started], **times})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Draw the cost of an injection against the probability, a line a storage."""
+    """Draw the time of an injection against the probability, a line a storage, and the copies to hold it against."""
     figure, axis = plt.subplots()
     for storage, group in table.groupby("storage", sort=False):
         style: Any = dict(color="0.4", marker="D", linestyle="") if storage == DENSE else dict(marker="o")
-        axis.plot(group["probability"], group["copies"], label=storage, **style)
-    axis.axhline(1, color="0.3", linestyle="--", linewidth=1)
+        axis.plot(group["probability"], 1e3 * group["seconds"], label=storage, **style)
     line = axis.get_yaxis_transform()  # x as a share of the axis, y as data
-    axis.text(0.01, 1, "one copy of the float parameters", transform=line, va="bottom", fontsize=8)
-    axis.set(xscale="log", yscale="log", xlabel="bit error probability", ylabel="time of an injection (copies)")
+    for column, says in (
+        ("copy_seconds", "one copy of the float parameters"),
+        ("fresh_copy_seconds", "into new memory"),
+    ):
+        level = 1e3 * table[column].median()
+        axis.axhline(level, color="0.3", linestyle="--", linewidth=1)
+        axis.text(0.01, level, says, transform=line, va="bottom", fontsize=8)
+    axis.set(xscale="log", yscale="log", xlabel="bit error probability", ylabel="time of an injection (ms)")
     axis.legend()
     return figure
 

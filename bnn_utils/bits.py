@@ -64,7 +64,8 @@ def pack_signs(x: Tensor) -> NDArray[np.uint64]:
 
 def unpack_signs(words: NDArray[np.uint64], n: int) -> Tensor:
     """Return the +1/-1 float32 tensor (..., n) that `pack_signs` made `words` from."""
-    ones = np.unpackbits(np.ascontiguousarray(words, "<u8").view(np.uint8), axis=-1, bitorder="little")[..., :n]
+    used = np.ascontiguousarray(words, "<u8").view(np.uint8)[..., : -(-n // 8)]
+    ones = np.unpackbits(used, axis=-1, bitorder="little")[..., :n]
     return torch.from_numpy(ones.astype(np.float32) * 2 - 1)
 
 

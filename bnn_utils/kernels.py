@@ -7,6 +7,7 @@ number of ones in the XOR of the words (popcount).
 Importing this module needs Numba; `bnn_utils.packed` has another way where it is missing.
 """
 
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
@@ -51,128 +52,158 @@ def _popcount(context: Any, word: Any) -> Any:
 
 
 @intrinsic
-def _tile(context: Any, rows: Any, words: Any, filters: Any, counts: Any, count_stride: Any) -> Any:
-    """Count differing bits of TILE_POSITIONS rows of activations with TILE_FILTERS filters, all sums in registers.
+def _tile(context: Any, starts: Any, jump: Any, lines: Any, length: Any, filters: Any, counts: Any, stride: Any) -> Any:
+    """Count differing bits of TILE_POSITIONS patches of activations with TILE_FILTERS filters, all sums in registers.
 
-    counts[p, f] = sum over k of popcount(rows[p, k] ^ filters[k, f]).
+    A patch is as many lines as the kernel has rows, each of `length` words, `jump` words after the one before:
+    counts[p, f] = sum over l, k of popcount(patch[p][l * jump + k] ^ filters[l * length + k, f]).
 
-    Arguments are addresses of uint64 rows (TILE_POSITIONS, words), uint64 filters (words, TILE_FILTERS) and int32
-    counts (TILE_POSITIONS, count_stride), with words > 0. Written in LLVM's own terms, since no loop in Python makes
-    the compiler keep all sums in registers; LLVM turns ctpop into what the processor has (VPOPCNTDQ, CNT, look-ups).
+    Arguments are the addresses of TILE_POSITIONS addresses of patches, of uint64 filters (lines * length,
+    TILE_FILTERS) and of int32 counts (TILE_POSITIONS, stride); lines and length are positive. Written in LLVM's own
+    terms, since no loop in Python makes the compiler keep all sums in registers; LLVM turns ctpop into what the
+    processor has (VPOPCNTDQ, CNT, look-ups).
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, words, filters, counts, count_stride = arguments
+        starts, jump, lines, length, filters, counts, stride = arguments
         word, lane = ir.IntType(64), ir.IntType(32)
-        vector = ir.VectorType(word, LANES)
-        undefined, first_lane = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
-        vectors = range(TILE_FILTERS // LANES)
+        vector, short = ir.VectorType(word, LANES), ir.VectorType(lane, LANES)
+        zeros, undefined = ir.Constant(vector, [0] * LANES), ir.Constant(vector, ir.Undefined)
+        first_lane = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
+        positions, vectors = range(TILE_POSITIONS), range(TILE_FILTERS // LANES)
 
-        def at(address: Any, *offsets: tuple[Any, int]) -> Any:
+        def address(start: Any, *offsets: tuple[Any, int]) -> Any:
             for count, size in offsets:
-                address = builder.add(address, builder.mul(count, word(size)))
-            return address
+                start = builder.add(start, builder.mul(count, word(size)))
+            return start
 
-        before = builder.block
-        loop, done = builder.append_basic_block("words"), builder.append_basic_block("counted")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        k = builder.phi(word)
-        sums = [[builder.phi(vector) for _ in vectors] for _ in range(TILE_POSITIONS)]
-        column = at(filters, (k, 8 * TILE_FILTERS))
-        weights = [
-            builder.load(builder.inttoptr(at(column, (word(v), 8 * LANES)), vector.as_pointer()), align=8)
-            for v in vectors
-        ]
-        added = []
-        for p in range(TILE_POSITIONS):
-            address = at(rows, (builder.mul(words, word(p)), 8), (k, 8))
-            activation = builder.load(builder.inttoptr(address, word.as_pointer()), align=8)
+        def load(kind: Any, start: Any) -> Any:
+            return builder.load(builder.inttoptr(start, kind.as_pointer()), align=8)
+
+        def sums() -> list[Any]:
+            return [builder.phi(vector) for _ in positions for _ in vectors]
+
+        patches = [load(word, address(starts, (word(p), 8))) for p in positions]
+        before, outer, inner, after, done = (
+            builder.block,
+            *(builder.append_basic_block(name) for name in ("line", "word", "next_line", "counted")),
+        )
+        builder.branch(outer)
+
+        builder.position_at_end(outer)
+        line, outer_sums = builder.phi(word), sums()
+        skipped = builder.mul(line, jump)
+        column = address(filters, (builder.mul(line, length), 8 * TILE_FILTERS))
+        builder.branch(inner)
+
+        builder.position_at_end(inner)
+        k, inner_sums = builder.phi(word), sums()
+        weights = [load(vector, address(column, (k, 8 * TILE_FILTERS), (word(v), 8 * LANES))) for v in vectors]
+        added: list[Any] = []
+        for p in positions:
+            activation = load(word, address(patches[p], (skipped, 8), (k, 8)))
             spread = builder.insert_element(undefined, activation, lane(0))
             spread = builder.shuffle_vector(spread, undefined, first_lane)
-            differing = [_call(builder, f"llvm.ctpop.v{LANES}i64", builder.xor(w, spread)) for w in weights]
-            added.append([builder.add(old, new) for old, new in zip(sums[p], differing)])
-        after = builder.add(k, word(1))
-        for phi, start, end in [(k, word(0), after)] + [
-            (phi, ir.Constant(vector, [0] * LANES), end)
-            for olds, news in zip(sums, added)
-            for phi, end in zip(olds, news)
-        ]:
-            phi.add_incoming(start, before)
-            phi.add_incoming(end, loop)
-        builder.cbranch(builder.icmp_signed("<", after, words), loop, done)
-        builder.position_at_end(done)
-        short = ir.VectorType(lane, LANES)
-        for p in range(TILE_POSITIONS):
             for v in vectors:
-                address = at(counts, (builder.mul(count_stride, word(p)), 4), (word(v), 4 * LANES))
-                pointer = builder.inttoptr(address, short.as_pointer())
-                builder.store(builder.trunc(added[p][v], short), pointer, align=4)
+                differing = _call(builder, f"llvm.ctpop.v{LANES}i64", builder.xor(weights[v], spread))
+                added.append(builder.add(inner_sums[len(added)], differing))
+        next_k = builder.add(k, word(1))
+        builder.cbranch(builder.icmp_signed("<", next_k, length), inner, after)
+
+        builder.position_at_end(after)
+        next_line = builder.add(line, word(1))
+        builder.cbranch(builder.icmp_signed("<", next_line, lines), outer, done)
+
+        for phi, start, end in [(line, word(0), next_line), *((phi, zeros, s) for phi, s in zip(outer_sums, added))]:
+            phi.add_incoming(start, before)
+            phi.add_incoming(end, after)
+        for phi, start, end in [(k, word(0), next_k), *zip(inner_sums, outer_sums, added)]:
+            phi.add_incoming(start, outer)
+            phi.add_incoming(end, inner)
+
+        builder.position_at_end(done)
+        for index, total in enumerate(added):
+            p, v = divmod(index, len(vectors))
+            place = address(counts, (builder.mul(stride, word(p)), 4), (word(v), 4 * LANES))
+            builder.store(builder.trunc(total, short), builder.inttoptr(place, short.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), generate
+    return types.void(*[types.intp] * 7), generate
+
+
+@lru_cache(maxsize=256)
+def _geometry(size: int, kernel: int, stride: int, padding: int) -> tuple[NDArray[np.bool_], NDArray[np.intp]]:
+    """Return, for one axis, which taps can lie inside the image, bool (kinds, kernel), and the kind of every place."""
+    places = np.arange((size + 2 * padding - kernel) // stride + 1)
+    at = places[:, None] * stride - padding + np.arange(kernel)
+    kinds, kind_of = np.unique((at >= 0) & (at < size), axis=0, return_inverse=True)
+    return kinds, kind_of.reshape(-1)
 
 
 @njit(nogil=True, cache=True)
-def _ones(filters, words):
-    """Return the ones of every tap and filter, int32 (taps, filters): what a tap of zeros would be counted as."""
+def _largest_sums(filters, words, down, across, inputs):
+    """Return what each filter gives where no bit differs, int32 (kinds down * kinds across, filters).
+
+    A tap outside the image reads words of zeros. The kernel counts them as differing from the filter's ones, which
+    this makes good, so that the tap adds nothing.
+    """
     panels, rows = filters.shape[:2]
-    ones = np.zeros((rows // words, panels * TILE_FILTERS), np.int32)
-    for panel in range(panels):
-        for k in range(rows):
-            for c in range(TILE_FILTERS):
-                ones[k // words, panel * TILE_FILTERS + c] += np.int32(_popcount(filters[panel, k, c]))
-    return ones
+    kernel = down.shape[1]
+    sums = np.zeros((len(down) * len(across), panels * TILE_FILTERS), np.int32)
+    ones = np.empty((rows // words, panels * TILE_FILTERS), np.int32)
+    outside = down.size + across.size > down.sum() + across.sum()
+    if outside:
+        ones[:] = 0
+        for panel in range(panels):
+            for k in range(rows):
+                for c in range(TILE_FILTERS):
+                    ones[k // words, panel * TILE_FILTERS + c] += np.int32(_popcount(filters[panel, k, c]))
+    for kind in range(len(sums)):
+        for tap in range(kernel * kernel):
+            if down[kind // len(across), tap // kernel] and across[kind % len(across), tap % kernel]:
+                sums[kind] += inputs
+            else:
+                sums[kind] += 2 * ones[tap]
+    return sums
 
 
 @njit(nogil=True, cache=True)
-def _dots_block(block, x, filters, ones, inputs, kernel, stride, padding, out):
-    """Compute one block of BLOCK neighbouring positions of `dots`."""
+def _dots_block(block, x, filters, largest, row_kind, column_kind, kernel, stride, out):
+    """Compute one block of BLOCK neighbouring positions of `dots`, from padded activations `x`."""
     height, width, words = x.shape[1:]
     out_height, out_width, channels = out.shape[1:]
-    taps, panels, padded = kernel * kernel, filters.shape[0], filters.shape[0] * TILE_FILTERS
+    padded = len(filters) * TILE_FILTERS
     first = block * BLOCK
     positions = min(BLOCK, out.shape[0] * out_height * out_width - first)
-    rows = np.empty((BLOCK, taps * words), np.uint64)
+    starts = np.full(BLOCK, x.ctypes.data, np.intp)  # what fills up the last tile reads the first patch
     counts = np.empty((BLOCK, padded), np.int32)
-    inside = np.empty((BLOCK, taps), np.bool_)
+    kinds = np.empty(BLOCK, np.intp)
+    image, place = divmod(first, out_height * out_width)
+    row, column = divmod(place, out_width)
     for j in range(positions):
-        image, place = divmod(first + j, out_height * out_width)
-        top, left = (place // out_width) * stride - padding, (place % out_width) * stride - padding
-        for row in range(kernel):
-            from_top, start = top + row, row * kernel * words
-            if 0 <= from_top < height and left >= 0 and left + kernel <= width:
-                line = x[image, from_top, left : left + kernel].reshape(-1)
-                for k in range(kernel * words):
-                    rows[j, start + k] = line[k]
-                inside[j, row * kernel : (row + 1) * kernel] = True
-                continue
-            for column in range(kernel):
-                tap, from_left = row * kernel + column, left + column
-                inside[j, tap] = 0 <= from_top < height and 0 <= from_left < width
-                for k in range(words):
-                    word = x[image, from_top, from_left, k] if inside[j, tap] else np.uint64(0)
-                    rows[j, tap * words + k] = word
-    for panel in range(panels):
+        starts[j] += 8 * words * ((image * height + row * stride) * width + column * stride)
+        kinds[j] = row_kind[row] + column_kind[column]
+        column += 1
+        if column == out_width:
+            row, column = row + 1, 0
+            if row == out_height:
+                image, row = image + 1, 0
+    for panel in range(len(filters)):
         for j in range(0, positions, TILE_POSITIONS):
             _tile(
-                rows.ctypes.data + 8 * j * taps * words,
-                taps * words,
-                filters.ctypes.data + 8 * panel * taps * words * TILE_FILTERS,
+                starts.ctypes.data + 8 * j,
+                width * words,
+                kernel,
+                kernel * words,
+                filters.ctypes.data + 8 * panel * filters.shape[1] * TILE_FILTERS,
                 counts.ctypes.data + 4 * (j * padded + panel * TILE_FILTERS),
                 padded,
             )
+    results = out.reshape(-1, channels)
     for j in range(positions):
-        image, place = divmod(first + j, out_height * out_width)
-        result = out[image, place // out_width, place % out_width]
-        within = inside[j].sum()
+        result, most = results[first + j], largest[kinds[j]]
         for c in range(channels):
-            result[c] = within * inputs - 2 * counts[j, c]
-        if within < taps:
-            for tap in range(taps):
-                if not inside[j, tap]:
-                    for c in range(channels):
-                        result[c] += 2 * ones[tap, c]
+            result[c] = most[c] - 2 * counts[j, c]
 
 
 @njit(nogil=True, cache=True)
@@ -223,15 +254,15 @@ def _affine_image(image, x, shortcut, scale, shift, clamp, values, out):
 
 
 @njit(nogil=True, cache=True)
-def _dots_serial(blocks, x, filters, ones, inputs, kernel, stride, padding, out):
+def _dots_serial(blocks, x, filters, largest, row_kind, column_kind, kernel, stride, out):
     for block in range(blocks):
-        _dots_block(block, x, filters, ones, inputs, kernel, stride, padding, out)
+        _dots_block(block, x, filters, largest, row_kind, column_kind, kernel, stride, out)
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _dots_parallel(blocks, x, filters, ones, inputs, kernel, stride, padding, out):
+def _dots_parallel(blocks, x, filters, largest, row_kind, column_kind, kernel, stride, out):
     for block in prange(blocks):
-        _dots_block(block, x, filters, ones, inputs, kernel, stride, padding, out)
+        _dots_block(block, x, filters, largest, row_kind, column_kind, kernel, stride, out)
 
 
 @njit(nogil=True, cache=True)
@@ -279,9 +310,17 @@ def dots(
         out: where to, int32 (images, height', width', channels).
         threads: to use.
     """
-    ones = _ones(filters, x.shape[3]) if padding else np.zeros((1, 1), np.int32)
+    images, height, width, words = x.shape
+    down, row_kind = _geometry(height, kernel, stride, padding)
+    across, column_kind = _geometry(width, kernel, stride, padding)
+    largest = _largest_sums(filters, words, down, across, inputs)
+    if padding:
+        padded = np.zeros((images, height + 2 * padding, width + 2 * padding, words), np.uint64)
+        padded[:, padding:-padding, padding:-padding] = x
+        x = padded
+    x = np.ascontiguousarray(x)
     blocks = -(-out.shape[0] * out.shape[1] * out.shape[2] // BLOCK)
-    arguments = (x, filters, ones, inputs, kernel, stride, padding, out)
+    arguments = (x, filters, largest, row_kind * len(across), column_kind, kernel, stride, out)
     _run(_dots_serial, _dots_parallel, threads, blocks, *arguments)
 
 

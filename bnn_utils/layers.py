@@ -87,7 +87,8 @@ class BinarizeConv2d(nn.Conv2d):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias: as in `torch.nn.Conv2d`.
-        binarize_input: False leaves x as it is (a first layer, whose input is an image).
+        binarize_input: False leaves x as it is (a first layer, whose input is an image). Its sums are then computed
+            in the order of channels_last memory whatever the layout of x, so that the layout changes no rounding.
 
     Shapes: x (batch, in_channels, height, width) -> (batch, out_channels, height', width').
     Source: Hubara et al., 2016, algorithm 1.
@@ -108,7 +109,7 @@ class BinarizeConv2d(nn.Conv2d):
         self.binarize_input = binarize_input
 
     def forward(self, x: Tensor) -> Tensor:
-        x = binarize(x) if self.binarize_input else x
+        x = binarize(x) if self.binarize_input else x.contiguous(memory_format=torch.channels_last)
         return self._conv_forward(x, binarize(self.weight), self.bias)
 
     def extra_repr(self) -> str:

@@ -108,7 +108,7 @@ class PackedLayer(nn.Module):
         """Return the weights as float32 +1 and -1, (channels, inputs, kernel, kernel)."""
         filters = _array(self.weight).transpose(0, 2, 1).reshape(-1, self.kernel, self.kernel, _words(self.inputs))
         signs = unpack_signs(filters[: self.channels], self.inputs).permute(0, 3, 1, 2)
-        return signs.clone(memory_format=torch.contiguous_format)  # the layout decides how torch rounds the image layer
+        return signs.clone(memory_format=torch.contiguous_format)  # as the float layer has them
 
     def fold(self, norm: nn.Module, bias: Tensor | None) -> "PackedLayer":
         """Turn bias, BatchNorm and the sign after it into an integer threshold and a direction per channel.
@@ -140,6 +140,7 @@ class PackedLayer(nn.Module):
 
     def image(self, x: Tensor) -> Tensor:
         """Convolve a float image (images, inputs, height, width), with bias, to (images, height', width', channels)."""
+        x = x.contiguous(memory_format=torch.channels_last)  # as in the float layer, where it decides how sums round
         with _one_torch_thread():  # more of them would go on spinning after their work, in the way of the kernel's
             y = functional.conv2d(x, self.signs(), getattr(self, "bias", None), self.stride, self.padding)
         return y.permute(0, 2, 3, 1).contiguous()
@@ -270,7 +271,7 @@ class PackedModel(nn.Module):
     It computes on the CPU, with torch's number of threads. Its layers bear the names of the float network's.
     """
 
-    numbers = 3 << 19  # that the first layer puts out at a time; so what lies between two layers stays in the caches
+    pixels = 1 << 14  # of the images that go through together: fewer are slower, and more leave the caches
 
     def __init__(self, model: BinarizedVGG | BinarizedResNet):
         super().__init__()
@@ -287,8 +288,7 @@ class PackedModel(nn.Module):
                 "a packed network wants float32 images (batch, channels, height, width) on the CPU, "
                 f"got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-        channels = next(module.channels for module in self.modules() if isinstance(module, PackedLayer))
-        chunks = max(1, min(len(x), -(-x[:, 0].numel() * channels // self.numbers)))
+        chunks = max(1, min(len(x), -(-x[:, 0].numel() // self.pixels)))
         parts = x.tensor_split(chunks)
         threads = min(torch.get_num_threads(), chunks)
         if threads == 1:
@@ -381,7 +381,8 @@ class PackedResNet(PackedModel):
         values, words = self.bn1(self.conv1.image(x), clamp=True)
         for block in [*self.layer1, *self.layer2, *self.layer3]:
             values, words = block(values, words)
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last  # sums round in its order
+        # Sums round in the order of memory, which is that of the image layer; one channel is laid out either way.
+        layout = torch.contiguous_format if x.shape[1] == 1 else torch.channels_last
         means = values.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3))
         words = self.bn2.bits(means[:, None, None])
         return self.bn3(self.fc(words) + self.fc.bias)[0].flatten(1)

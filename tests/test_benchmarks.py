@@ -126,7 +126,7 @@ def test_popcount_loops_count_bits():
 def test_injection(tmp_path):
     table = quick(injection, tmp_path)
     assert set(table["storage"]) == {"float32", "packed", injection.DENSE}
-    for column in ("seconds", "copy_seconds", "copies"):
+    for column in ("seconds", "copy_seconds", "copies", "fresh_copy_seconds", "fresh_copies"):
         assert (table[column] > 0).all()
     flips = table.set_index(["storage", "probability"])["flips"]
     assert flips["float32", 1e-2] > flips["packed", 1e-2] > 0

@@ -140,6 +140,16 @@ def test_convolution_against_loops(kernel, stride, padding, bias, binarize_input
     np.testing.assert_allclose(layer(x).detach(), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_the_layout_of_an_image_changes_no_rounding(images):
+    layer = BinarizeConv2d(3, 16, 3, 1, 1, binarize_input=False)
+    x = torch.randn(images, 3, 12, 12, generator=torch.Generator().manual_seed(images))
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(layer(x.contiguous(memory_format=torch.channels_last)), expected)
+        assert torch.equal(layer(x.transpose(2, 3).contiguous().transpose(2, 3)), expected)
+
+
 @pytest.mark.parametrize("layer", [BinarizeLinear(8, 3), BinarizeConv2d(2, 3, 3)])
 def test_layers_binarize_their_input_unless_told_otherwise(layer):
     x = randn(2, 8).float() if isinstance(layer, BinarizeLinear) else randn(2, 2, 4, 4).float()

@@ -148,8 +148,7 @@ NETWORKS = {
 
 
 def in_chunks_of(images, packed, size):
-    channels = next(layer.channels for layer in packed.modules() if isinstance(layer, PackedLayer))
-    packed.numbers = images * size * size * channels
+    packed.pixels = images * size * size
 
 
 @engines
@@ -177,7 +176,7 @@ def test_the_image_layer_is_the_float_convolution_to_the_last_bit(build, in_chan
     model = build(10, width=0.15, in_channels=in_channels, input_size=16)
     convolution = model.features[0] if build is vgg else model.conv1
     layer = on(engine, PackedLayer(convolution, keep_bias=True))
-    for count in (1, 2, 17):  # torch computes a single image in another order
+    for count in (1, 2, 17):  # torch has its own ways for a single image
         x = torch.randn(count, in_channels, 16, 16, generator=seeded(count))
         with torch.no_grad():
             assert torch.equal(layer.image(x), convolution(x).permute(0, 2, 3, 1))
