@@ -106,6 +106,10 @@ def _look_up(table, lanes, distances, unsure):
     return count
 
 
+def _distance(exponential: NDArray[np.float64], rate: float, longest: float) -> NDArray[np.int64]:
+    return 1 + (np.minimum(exponential, 2 * longest * rate) / rate).astype(np.int64)
+
+
 def _distances(rate: float, longest: float, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
     """Return `count` distances 1 + floor(E / rate), E exponential with mean 1; one over `longest` stays over it.
 
@@ -113,12 +117,8 @@ def _distances(rate: float, longest: float, count: int, generator: np.random.Gen
     always enough to know the distance: a table gives it. Only where they are not, the other bits are drawn and the
     logarithm taken.
     """
-
-    def distance(exponential: NDArray[np.float64]) -> NDArray[np.int64]:
-        return 1 + (np.minimum(exponential, 2 * longest * rate) / rate).astype(np.int64)
-
     if count < 512 or rate < 1e-3:  # a table would be looked up too seldom, or leave too much unsure
-        return distance(generator.standard_exponential(count))
+        return _distance(generator.standard_exponential(count), rate, longest)
     table = _distance_table(rate)
     lanes = generator.integers(1 << 64, size=count // 4 + 1, dtype=np.uint64).view(np.uint16)[:count]
     if NUMBA:
@@ -128,7 +128,7 @@ def _distances(rate: float, longest: float, count: int, generator: np.random.Gen
         distances = table[lanes].astype(np.int64)
         unsure = np.flatnonzero(distances == 0)
     uniform = (lanes[unsure] + (1 - generator.random(len(unsure)))) / _LANES
-    distances[unsure] = distance(-np.log(uniform))
+    distances[unsure] = _distance(-np.log(uniform), rate, longest)
     return distances
 
 

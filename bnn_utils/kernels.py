@@ -52,6 +52,18 @@ def _popcount(context: Any, word: Any) -> Any:
 
 
 @intrinsic
+def _word(context: Any, flags: Any) -> Any:
+    """Return the uint64 word whose bit i is whether byte i of the 64 bytes at address `flags` is not 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        flags = ir.VectorType(ir.IntType(8), 64)
+        loaded = builder.load(builder.inttoptr(arguments[0], flags.as_pointer()), align=1)
+        return builder.bitcast(builder.icmp_unsigned("!=", loaded, ir.Constant(flags, [0] * 64)), ir.IntType(64))
+
+    return types.uint64(types.intp), generate
+
+
+@intrinsic
 def _tile(context: Any, starts: Any, jump: Any, lines: Any, length: Any, filters: Any, counts: Any, stride: Any) -> Any:
     """Count differing bits of TILE_POSITIONS patches of activations with TILE_FILTERS filters, all sums in registers.
 
@@ -210,7 +222,8 @@ def _dots_block(block, x, filters, largest, row_kind, column_kind, kernel, strid
 def _threshold_image(image, dots, threshold, direction, pool, out):
     """Compute one image of `threshold_bits`."""
     channels, words = dots.shape[3], out.shape[3]
-    largest = np.empty(channels, np.int32)
+    largest, limits = np.empty(channels, np.int32), threshold.astype(np.int32)
+    reached = np.zeros(64 * words, np.bool_)
     for row in range(out.shape[1]):
         for column in range(out.shape[2]):
             largest[:] = dots[image, row * pool, column * pool]
@@ -218,12 +231,10 @@ def _threshold_image(image, dots, threshold, direction, pool, out):
                 other = dots[image, row * pool + member // pool, column * pool + member % pool]
                 for c in range(channels):
                     largest[c] = max(largest[c], other[c])
+            for c in range(channels):
+                reached[c] = largest[c] >= limits[c]
             for k in range(words):
-                word = np.uint64(0)
-                for bit in range(min(64, channels - 64 * k)):
-                    reached = largest[64 * k + bit] >= threshold[64 * k + bit]
-                    word |= np.uint64(reached) << np.uint64(bit)
-                out[image, row, column, k] = word ^ direction[k]
+                out[image, row, column, k] = _word(reached.ctypes.data + 64 * k) ^ direction[k]
 
 
 @njit(nogil=True, cache=True)
@@ -231,7 +242,7 @@ def _affine_image(image, x, shortcut, scale, shift, clamp, values, out):
     """Compute one image of `affine`."""
     channels, words = x.shape[3], out.shape[3]
     added, kept = shortcut.shape[0] > 0, values.shape[0] > 0
-    result = np.empty(channels, np.float32)
+    result, positive = np.empty(channels, np.float32), np.zeros(64 * words, np.bool_)
     for row in range(x.shape[1]):
         for column in range(x.shape[2]):
             for c in range(channels):
@@ -239,11 +250,9 @@ def _affine_image(image, x, shortcut, scale, shift, clamp, values, out):
                 if added:
                     value += shortcut[image, row, column, c]
                 result[c] = _fma(value, scale[c], shift[c])
+                positive[c] = result[c] >= 0
             for k in range(words):
-                word = np.uint64(0)
-                for bit in range(min(64, channels - 64 * k)):
-                    word |= np.uint64(result[64 * k + bit] >= 0) << np.uint64(bit)
-                out[image, row, column, k] = word
+                out[image, row, column, k] = _word(positive.ctypes.data + 64 * k)
             if kept:
                 for c in range(channels):
                     value = result[c]

@@ -1,5 +1,6 @@
 """The deployed form of a binarized network: 1 bit a weight, integer thresholds, XNOR and popcount on the CPU."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,6 +38,15 @@ def _one_torch_thread() -> Iterator[None]:
     finally:
         if threads > 1:
             torch.set_num_threads(threads)
+
+
+@lru_cache(maxsize=4)
+def _workers(threads: int, process: int) -> ThreadPoolExecutor:
+    """Return threads to compute with, for the process of this number: of its parent's, a forked one has none.
+
+    They are kept, since memory that new threads ask for comes slowly.
+    """
+    return ThreadPoolExecutor(threads)
 
 
 def _words(n: int) -> int:
@@ -289,13 +299,13 @@ class PackedModel(nn.Module):
                 f"got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
         chunks = max(1, min(len(x), -(-x[:, 0].numel() // self.pixels)))
-        parts = x.tensor_split(chunks)
+        parts = x.detach().tensor_split(chunks)
         threads = min(torch.get_num_threads(), chunks)
         if threads == 1:
             return torch.cat([self.logits(part) for part in parts])
         # A thread a chunk: they never wait for each other, so another program's work slows them no more than it must.
-        with _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
-            return torch.cat(list(pool.map(self.logits, parts)))
+        with _one_torch_thread():
+            return torch.cat(list(_workers(threads, os.getpid()).map(self.logits, parts)))
 
 
 class PackedVGG(PackedModel):
