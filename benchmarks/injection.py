@@ -134,7 +134,7 @@ def draw(table: pd.DataFrame) -> Figure:
     line = axis.get_yaxis_transform()  # x as a share of the axis, y as data
     for column, says in (
         ("copy_seconds", "one copy of the float parameters"),
-        ("fresh_copy_seconds", "into new memory"),
+        ("fresh_copy_seconds", "one into new memory"),
     ):
         level = 1e3 * table[column].median()
         axis.axhline(level, color="0.3", linestyle="--", linewidth=1)

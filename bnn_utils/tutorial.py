@@ -141,15 +141,16 @@ class Settings:
         checkpoints.save(path, model, **facts)
         return model
 
-    def save_figure(self, name: str, figure: Figure, table: pd.DataFrame) -> None:
+    def save_figure(self, name: str, figure: Figure, table: pd.DataFrame, source: str = "") -> None:
         """Write a figure as PNG and SVG, and the table that it was drawn from as CSV, under one name.
 
-        Below the figure it says which data and which profile it was drawn from.
+        Below the figure it says what it was drawn from.
 
         Args:
             name: two digits of the notebook, then words joined by hyphens: "05-accuracy-vs-probability".
             figure: what was drawn.
             table: what it was drawn from, not empty.
+            source: in words, where the table comes from; empty is the profile's data.
 
         Raises:
             ValueError: the name has another form, or the table is empty.
@@ -159,7 +160,7 @@ class Settings:
         if table.empty:
             raise ValueError(f"figure {name}: its table is empty")
         self.figures.mkdir(parents=True, exist_ok=True)
-        source = ", ".join(filter(None, (self.data_name, f"{self.profile} profile")))
+        source = source or ", ".join(filter(None, (self.data_name, f"{self.profile} profile")))
         figure.text(1, -0.01, source, ha="right", va="top", fontsize=7, color="0.4")
         metadata = {"png": {"Software": None}, "svg": {"Date": None}}
         for kind in ("png", "svg"):

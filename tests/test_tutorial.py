@@ -178,6 +178,15 @@ def test_the_same_figure_gives_the_same_bytes(table):
     assert {path.name: path.read_bytes() for path in settings.figures.iterdir()} == before
 
 
+@pytest.mark.parametrize(("source", "says"), [("", "digits, quick profile"), ("a benchmark", "a benchmark")])
+def test_a_figure_says_what_it_was_drawn_from(table, source, says):
+    settings = start()
+    settings.dataset()
+    figure = drawn(table)
+    settings.save_figure("05-a", figure, table, source=source)
+    assert [text.get_text() for text in figure.texts] == [says]
+
+
 @pytest.mark.parametrize(
     "name",
     ["", "05", "accuracy", "5-accuracy", "05-Accuracy", "05_accuracy", "05-a/b", "../05-a", "05-a\n", "05-a.png"],
