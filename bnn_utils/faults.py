@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bnn_utils.bits import check_probability, sample_runs
+from bnn_utils.bits import WORD, check_probability, sample_runs
 from bnn_utils.flipping import IndexedBits, MemoryBits, bits_of
 from bnn_utils.layers import BINARIZED, binarize
 
@@ -44,16 +44,18 @@ class ErrorModel:
 
     A bit that stores 0 reads 1 with probability p * zero_to_one, one that stores 1 reads 0 with probability
     p * one_to_zero. With `length` 1 bits err independently; else errors come in runs of up to `length` neighbours
-    in the tensor's memory, see `bnn_utils.bits.sample_runs`, and each bit keeps its probability.
+    in the tensor's memory, see `bnn_utils.bits.sample_runs`, and each bit keeps its probability. With `positions`
+    only these bits of each element err, with equal rates the same as if all could.
 
     Args:
         meaning: the physical cause, one sentence.
         source: where model and numbers are from.
         zero_to_one, one_to_zero: rates in [0, 1], not both 0.
         length: bits in a run, at least 1.
+        positions: the bits of an element that can err (31 is the sign of a float32), each in 0..63; None is all.
 
     Raises:
-        ValueError: a rate or length outside its range.
+        ValueError: a rate, length or position outside its range.
     """
 
     meaning: str
@@ -61,6 +63,7 @@ class ErrorModel:
     zero_to_one: float = 1.0
     one_to_zero: float = 1.0
     length: int = 1
+    positions: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("zero_to_one", "one_to_zero"):
@@ -70,6 +73,9 @@ class ErrorModel:
             raise ValueError("zero_to_one and one_to_zero must not both be 0: no bit would ever err")
         if self.length < 1:
             raise ValueError(f"length must be at least 1, got {self.length}")
+        for position in self.positions or ():
+            if not 0 <= position < WORD:
+                raise ValueError(f"positions must lie in 0..{WORD - 1}, got {position}")
 
 
 _STUCK = (
@@ -232,6 +238,8 @@ def _damage(
     for positions in sample_runs(8 * stored.tensor.nbytes, probability * most, error.length, generator):
         if used is not None:
             positions = positions[used.read(positions) == 1]
+        if error.positions is not None:
+            positions = positions[np.isin(positions % (8 * stored.tensor.element_size()), error.positions)]
         if error.zero_to_one != error.one_to_zero:
             share = np.where(bits.read(positions), error.one_to_zero / most, error.zero_to_one / most)
             positions = positions[generator.random(len(positions)) < share]
