@@ -1,7 +1,7 @@
 """Which stored bits go wrong: what a network stores, models of errors, and an injection that undoes itself."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -248,6 +248,41 @@ def _damage(
 
 
 @contextmanager
+def _damaged(
+    chosen: dict[str, Stored], flips: Flips, probability: float, seed: int, error: str | ErrorModel
+) -> Iterator[Flips]:
+    """Check the arguments, damage what is chosen, count in `flips` and yield it; on leaving every bit is back."""
+    probability = check_probability(probability)
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    if not isinstance(error, ErrorModel):
+        if error not in ERRORS:
+            raise ValueError(f"unknown error model {error!r}, expected one of {', '.join(ERRORS)}")
+        error = ERRORS[error]
+    for name, (_, tensor, _) in chosen.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32 to be damaged, got {tensor.dtype}")
+    with ExitStack() as undo:
+        for name, stored in chosen.items():
+            # From p = 1/32 on, a copy of the tensor takes less memory than the list of its flips, 4 bytes each.
+            bits = bits_of(stored.tensor, copy=32 * probability > 1)
+            undo.callback(bits.restore)
+            # A stream of its own for every tensor: its errors do not depend on which other tensors are targets.
+            generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))  # numpy's fastest
+            _damage(stored, bits, probability, error, generator)
+            count = int(bits.counts.sum())
+            if count:
+                flips.tensors[name] = count
+                flips.bits += bits.counts[: len(flips.bits)]
+        yield flips
+
+
+def _no_flips(stored: Iterable[Stored]) -> Flips:
+    widest = max((8 * held.tensor.element_size() for held in stored), default=BITS)
+    return Flips(bits=np.zeros(max(BITS, widest), np.int64))
+
+
+@contextmanager
 def inject(
     model: nn.Module,
     probability: float,
@@ -285,31 +320,29 @@ def inject(
 
     Source: the storage of the published damage experiment, see README.md; of an error model, its `source`.
     """
-    probability = check_probability(probability)
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
-    if not isinstance(error, ErrorModel):
-        if error not in ERRORS:
-            raise ValueError(f"unknown error model {error!r}, expected one of {', '.join(ERRORS)}")
-        error = ERRORS[error]
     network = stored_tensors(model)
     chosen = _select(network, targets)
-    for name, (_, tensor, _) in chosen.items():
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32 to be damaged, got {tensor.dtype}")
-    widest = max((8 * held.tensor.element_size() for held in network.values()), default=BITS)
-    flips = Flips(bits=np.zeros(max(BITS, widest), np.int64))
-    with ExitStack() as undo:
-        undo.enter_context(float32_storage(model))
-        for name, stored in chosen.items():
-            # From p = 1/32 on, a copy of the tensor takes less memory than the list of its flips, 4 bytes each.
-            bits = bits_of(stored.tensor, copy=32 * probability > 1)
-            undo.callback(bits.restore)
-            # A stream of its own for every tensor: its errors do not depend on which other tensors are targets.
-            generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))  # numpy's fastest
-            _damage(stored, bits, probability, error, generator)
-            count = int(bits.counts.sum())
-            if count:
-                flips.tensors[name] = count
-                flips.bits += bits.counts[: len(flips.bits)]
+    with float32_storage(model), _damaged(chosen, _no_flips(network.values()), probability, seed, error) as flips:
+        yield flips
+
+
+@contextmanager
+def inject_tensors(
+    tensors: Mapping[str, Tensor], probability: float, *, seed: int, error: str | ErrorModel = "flip"
+) -> Iterator[Flips]:
+    """Damage tensors of no network by the rules of `inject`, every bit of them; on leaving, every bit is back.
+
+    Args:
+        tensors: by name; the errors of a tensor depend on its name as in `inject`.
+        probability, seed, error: as in `inject`.
+
+    Yields:
+        Flips, with 32 counts in `bits`, or 64 where an element has that many bits.
+
+    Raises:
+        ValueError: a probability outside [0, 1], a negative seed or an unknown error model.
+        TypeError: a tensor holds floats that are not float32.
+    """
+    chosen = {name: Stored("", tensor) for name, tensor in tensors.items()}
+    with _damaged(chosen, _no_flips(chosen.values()), probability, seed, error) as flips:
         yield flips

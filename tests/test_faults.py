@@ -4,6 +4,7 @@ import copy
 import hashlib
 import subprocess
 import sys
+import zlib
 from itertools import combinations
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from scipy.stats import binom, chi2
 from torch import nn
 
 from bnn_utils import faults, flipping
+from bnn_utils.bits import sample_positions
 from bnn_utils.faults import (
     ERRORS,
     PARAMETERS,
@@ -24,6 +26,7 @@ from bnn_utils.faults import (
     Flips,
     float32_storage,
     inject,
+    inject_tensors,
     stored_tensors,
     targeted,
 )
@@ -307,6 +310,17 @@ def test_same_seed_same_flips():
     assert digest(vgg()) == digest(vgg())
     one, other = (damaged_bits(vgg(), 0.01, seed=seed)[0] for seed in (9, 10))
     assert not same(one, other)
+
+
+def test_the_stream_of_a_tensor_follows_from_seed_and_name():
+    model = vgg()
+    before = stored_bits(model)
+    after, _ = damaged_bits(model, 0.01, seed=9)
+    for name in parameters_of(model):
+        generator = np.random.Generator(np.random.SFC64([9, zlib.crc32(name.encode())]))
+        positions = [*sample_positions(32 * len(before[name]), 0.01, generator)]
+        flipped = np.flatnonzero(in_order(before[name] ^ after[name]))
+        assert flipped.tolist() == [at for own in positions for at in own], name
 
 
 def test_threads_processes_and_numba_do_not_matter():
@@ -808,6 +822,54 @@ def test_layout_and_other_targets_do_not_matter_to_any_error_model(error):
         alone, flips = damaged_bits(model, 0.02, seed=5, targets=name, error=error)
         assert set(flips.tensors) == {name}
         assert np.array_equal(alone[name], after[name])
+
+
+# Tensors of no network
+
+
+@pytest.mark.parametrize("error", MODELS)
+@pytest.mark.parametrize("p", [1e-3, 0.3])
+def test_tensors_err_as_those_of_a_network_do(error, p):
+    model = vgg()
+    with float32_storage(model):
+        tensors = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        with inject(model, p, seed=3, error=error) as flips, inject_tensors(tensors, p, seed=3, error=error) as same:
+            assert flips.total > 0
+            assert (same.tensors, same.bits.tolist()) == (flips.tensors, flips.bits.tolist())
+            for name, parameter in model.named_parameters():
+                assert tensors[name].numpy().tobytes() == parameter.detach().numpy().tobytes()
+        assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32])
+def test_tensors_of_any_width_are_damaged_and_given_back(dtype, raised):
+    tensor = torch.arange(60).to(dtype)
+    before = tensor.clone()
+    with pytest.raises(raised), inject_tensors({"x": tensor}, 1.0, seed=0) as flips:
+        changed = np.bitwise_xor(tensor.numpy().view(np.uint8), before.numpy().view(np.uint8))
+        assert (changed == 255).all()
+        assert flips.tensors == {"x": 8 * tensor.nbytes}
+        assert len(flips.bits) == max(32, 8 * tensor.element_size())
+        assert flips.bits.tolist()[: 8 * tensor.element_size()] == [60] * (8 * tensor.element_size())
+        raise raised
+    assert torch.equal(tensor, before)
+
+
+def test_wrong_arguments_for_tensors_change_nothing():
+    tensor = torch.ones(3)
+    for wrong in (dict(probability=1.1), dict(seed=-1), dict(error="gremlin")):
+        with pytest.raises(ValueError), inject_tensors({"x": tensor}, **(dict(probability=0.1, seed=0) | wrong)):
+            pytest.fail("it damaged")
+    with (
+        pytest.raises(TypeError, match="y must be float32"),
+        inject_tensors({"x": tensor, "y": tensor.half()}, 1, seed=0),
+    ):
+        pytest.fail("it damaged")
+    assert tensor.tolist() == [1, 1, 1]
+    with inject_tensors({}, 1.0, seed=0) as flips:
+        assert flips.total == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
