@@ -15,7 +15,7 @@ from torch import nn
 
 from bnn_utils.bits import check_probability
 from bnn_utils.data import Images
-from bnn_utils.faults import PARAMETERS, STORAGES, ErrorModel, float32_storage, inject
+from bnn_utils.faults import PARAMETERS, STORAGES, ErrorModel, float32_storage, inject, inject_tensors
 from bnn_utils.packed import deployed, pack
 from bnn_utils.repair import REPAIRS
 from bnn_utils.system import progress_bar, write_beside
@@ -53,23 +53,31 @@ def _trials(
     targets: Sequence[str],
     error: str | ErrorModel,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield, trial by trial, one row a repair, all of a trial's repairs on the same damage."""
+    """Yield, trial by trial, one row a repair, all of a trial's repairs on the same damage of the network."""
     unharmed: dict[str, Evaluation] = {}
     packed = storage == "packed"
     if packed:
         model = pack(model)
     with nullcontext() if packed else float32_storage(model):
+        plans = {repair: REPAIRS[repair](model) for repair in repairs}
+        # Streams of their own, so that no two repairs, and no tensor of the network, err in the same places.
+        beside = {
+            repair: {f"{repair}: {name}": tensor for name, tensor in plan.stored.items()}
+            for repair, plan in plans.items()
+        }
         for trial in range(trials):
             own_seed = trial_seed(seed, probability, trial)
             rows = []
             with inject(model, probability, seed=own_seed, targets=targets, error=error) as flips:
                 for repair in repairs:
-                    result = unharmed.get(repair) if flips.total == 0 else None
-                    if result is None:
-                        with REPAIRS[repair](model):
-                            result = evaluate(model if packed else deployed(model), data)
-                        if flips.total == 0:  # a trial without a flip gives what every such trial gives
-                            unharmed[repair] = result
+                    with inject_tensors(beside[repair], probability, seed=own_seed, error=error) as others:
+                        unhit = flips.total == others.total == 0
+                        result = unharmed.get(repair) if unhit else None
+                        if result is None:
+                            with plans[repair].read():
+                                result = evaluate(model if packed else deployed(model), data)
+                            if unhit:  # a trial without a flip gives what every such trial gives
+                                unharmed[repair] = result
                     rows.append(
                         dict(
                             network=getattr(model, "name", type(model).__name__),
@@ -115,7 +123,8 @@ def run(
         probabilities: bit error probabilities, each in [0, 1].
         trials: independent draws of errors at each probability, at least 1.
         storage: "float32" damages the floats, "packed" what `bnn_utils.packed.pack(model)` stores (on the CPU).
-        repairs: names in `bnn_utils.repair.REPAIRS`; all see the same damage.
+        repairs: names in `bnn_utils.repair.REPAIRS`; all see the same damage of the network. What a repair stores
+            errs with the same probability and error model, whatever the targets.
         seed: of the campaign; a trial's seed follows from it, the probability and the trial's number.
         targets: what is hit, see `bnn_utils.faults.inject`.
         error: a name of `bnn_utils.faults.ERRORS`, or an ErrorModel.
@@ -123,8 +132,8 @@ def run(
         executor: runs each probability as one task (the network and the images travel with it); None runs here.
 
     Returns:
-        Table with the columns of COLUMNS, sorted by probability, trial and the order of `repairs`; accuracy in
-        0..1, loss in nats (NaN or infinite where the damaged network puts out such logits).
+        Table with the columns of COLUMNS, sorted by probability, trial and the order of `repairs`; flips of the
+        network alone, accuracy in 0..1, loss in nats (NaN or infinite where the damaged network puts out such logits).
 
     Raises:
         ValueError: an argument outside its range, or an unknown storage, repair, target or error model.

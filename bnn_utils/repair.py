@@ -1,10 +1,53 @@
-"""What a system can do about errors that it did not see happen."""
+"""What a system can do about errors that it did not see happen, and how many bits it stores for that."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from bnn_utils.faults import PARAMETERS, Stored, float32_storage, stored_tensors, targeted
+
+FLOATS = tuple(kind for kind in PARAMETERS if kind != "weights")  # few bits; in packed storage integers among them
+NUMBERS = tuple(kind for kind in FLOATS if kind != "directions")
+
+
+class Plan(NamedTuple):
+    """A repair of one network, planned while the network was undamaged.
+
+    Attributes:
+        stored: what memory holds besides the network, by name. It suffers the errors that the network's bits suffer.
+        read: returns a context manager; inside, the network, damaged or not, is what the repair makes of it and of
+            `stored`. On leaving, an exception too, it is as damaged as before, bit for bit.
+    """
+
+    stored: dict[str, Tensor]
+    read: Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def _replaced(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Give tensors other values until the context ends; `values` is read as they are replaced."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for tensor, value in values:
+                before.append((tensor, tensor.detach().clone()))
+                tensor.copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, saved in reversed(before):
+                tensor.copy_(saved)
+
+
+def none(model: nn.Module) -> Plan:
+    """Do nothing: the network is used as damaged as it is."""
+    return Plan({}, nullcontext)
 
 
 @contextmanager
@@ -28,21 +71,195 @@ def clip(model: nn.Module, low: float = -1.0, high: float = 1.0) -> Iterator[Non
         raise ValueError(f"clip needs low <= high, got low={low}, high={high}")
     # A packed network has no parameters; its numbers are buffers.
     parameters: list[Tensor] = [*model.parameters()] or [x for x in model.buffers() if x.is_floating_point()]
-    before = [parameter.detach().clone() for parameter in parameters]
-    try:
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).clamp_(low, high)
+    with _replaced((x, x.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(low, high)) for x in parameters):
         yield
-    finally:
-        with torch.no_grad():
-            for parameter, saved in zip(parameters, before, strict=True):
-                parameter.copy_(saved)
 
 
-def none(model: nn.Module) -> AbstractContextManager[None]:
-    """Do nothing: the network is used as damaged as it is."""
-    return nullcontext()
+def range_check(model: nn.Module) -> Plan:
+    """Plan to replace numbers that training never gave: outside their tensor's range, or NaN, they become its mean.
+
+    The range reaches from the lowest to the highest trained number of the tensor; the mean of integers is rounded.
+    Range and mean are constants of the program that checks, not in the damaged memory, so nothing is stored. Weights
+    and directions are bits and have no range; of a damaged float32 weight only the sign matters. Tensors with a
+    trained number that is not finite are not checked. An undamaged network stays as it is, bit for bit.
+    """
+    ranges: list[tuple[Tensor, float, float, float]] = []
+    for kind, tensor, _ in stored_tensors(model).values():
+        numbers = tensor.detach()
+        if kind in NUMBERS and len(numbers.reshape(-1)) and torch.isfinite(numbers).all():
+            mean = numbers.double().mean().item()
+            mean = mean if numbers.is_floating_point() else round(mean)
+            ranges.append((tensor, numbers.min().item(), numbers.max().item(), mean))
+
+    def checked() -> Iterator[tuple[Tensor, Tensor]]:
+        for tensor, low, high, mean in ranges:
+            yield tensor, torch.where((tensor >= low) & (tensor <= high), tensor, mean)
+
+    return Plan({}, lambda: _replaced(checked()))
 
 
-REPAIRS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {"none": none, "clip": clip}
+# Every code of 64 data bits and 8 check bits whose columns are different and odd corrects one error and detects two.
+# The fewest ones, spread evenly over the check bits: all 56 columns with three of them, and 8 with five.
+_COLUMNS = [column for column in range(256) if column.bit_count() == 3]
+_COLUMNS += [(0b11111 << turn | 0b11111 >> (8 - turn)) & 255 for turn in range(8)]
+_ROWS = [np.uint64(sum(1 << i for i, column in enumerate(_COLUMNS) if column >> bit & 1)) for bit in range(8)]
+_ERRORS = np.zeros(256, np.uint64)  # the data bit that a syndrome accuses: none if a check bit, or several, are wrong
+_ERRORS[_COLUMNS] = np.uint64(1) << np.arange(64, dtype=np.uint64)
+
+
+def encode(words: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """Return the 8 check bits of each word in a SECDED (72, 64) code: single errors corrected, double ones detected.
+
+    Check bit j is the parity of the data bits whose column has bit j.
+
+    Args:
+        words: uint64, any shape.
+
+    Returns:
+        uint8 of that shape.
+
+    Source: M. Y. Hsiao, A Class of Optimal Minimum Odd-weight-column SEC-DED Codes, IBM Journal of Research and
+    Development 14(4), 1970; which five-bit columns, and their order, are our choice.
+    """
+    check = np.zeros(words.shape, np.uint8)
+    for bit, row in enumerate(_ROWS):
+        check |= (np.bitwise_count(words & row) & 1) << bit
+    return check
+
+
+def correct(words: NDArray[np.uint64], check: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Return `words` with single errors corrected, in data or check bits; a detected double error is left as read.
+
+    Three errors or more in a word and its check bits may be taken for a single one, and then another bit is inverted.
+
+    Args:
+        words, check: uint64 and uint8 of one shape, damaged or not, as given to and by `encode`.
+    """
+    return words ^ _ERRORS[encode(words) ^ check]
+
+
+def majority(a: NDArray[np.uint8], b: NDArray[np.uint8], c: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return, bit by bit, what at least two of three arrays of one shape say."""
+    return a & b | a & c | b & c
+
+
+def _memory(tensor: Tensor) -> NDArray[np.uint8]:
+    """Return the bytes of a tensor in logical order."""
+    return tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8)
+
+
+def _bits(tensor: Tensor) -> NDArray[np.uint8]:
+    return np.unpackbits(_memory(tensor), bitorder="little")
+
+
+def _used(held: Stored) -> NDArray[np.uint8]:
+    """Return the bits of a tensor that hold something, in order, as bytes; zeros fill the last byte up."""
+    if held.mask is None:
+        return _memory(held.tensor)
+    return np.packbits(_bits(held.tensor)[_bits(held.mask) == 1], bitorder="little")
+
+
+def _with_used(held: Stored, used: NDArray[np.uint8]) -> Tensor:
+    """Return a tensor like the one held, in which the bits that hold something are those of `used`."""
+    if held.mask is not None:
+        bits, at = _bits(held.tensor), _bits(held.mask) == 1
+        bits[at] = np.unpackbits(used, count=int(at.sum()), bitorder="little")
+        used = np.packbits(bits, bitorder="little")
+    return torch.from_numpy(used).view(held.tensor.dtype).reshape(held.tensor.shape)
+
+
+def _guarded(
+    model: nn.Module,
+    targets: Sequence[str],
+    store: Callable[[NDArray[np.uint8]], dict[str, NDArray[np.uint8]]],
+    read: Callable[..., NDArray[np.uint8]],
+) -> Plan:
+    """Plan a repair of each target by itself.
+
+    Args:
+        store: makes what is stored from the bytes of `_used`.
+        read: makes the bytes of `_used` from those in memory and what is stored.
+    """
+    names = targeted(model, targets)
+    guarded = {name: held for name, held in stored_tensors(model).items() if name in names}
+    with float32_storage(model):  # memory holds signs, whatever the network was given as
+        kept = {
+            name: {part: torch.from_numpy(array) for part, array in store(_used(held)).items()}
+            for name, held in guarded.items()
+        }
+
+    def repaired() -> Iterator[tuple[Tensor, Tensor]]:
+        for name, held in guarded.items():
+            yield held.tensor, _with_used(held, read(_used(held), *map(_memory, kept[name].values())))
+
+    @contextmanager
+    def reading() -> Iterator[None]:
+        with float32_storage(model), _replaced(repaired()):
+            yield
+
+    return Plan({f"{name}.{part}": x for name, parts in kept.items() for part, x in parts.items()}, reading)
+
+
+def _words(used: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    return np.pad(used, (0, -len(used) % 8)).view(np.uint64)
+
+
+def secded(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> Plan:
+    """Plan to guard each word of 64 bits by 8 check bits, see `encode`; a detected double error is left as read.
+
+    A word is 64 neighbours among the used bits of one tensor. The last one of a tensor may be shorter: the zeros that
+    fill it up are not stored, but its 8 check bits are.
+
+    Args:
+        targets: what is guarded, in the words of `bnn_utils.faults.inject`.
+
+    Raises:
+        ValueError: a target names nothing that the network stores.
+    """
+
+    def read(used: NDArray[np.uint8], check: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        # Where several errors accuse a zero that is not stored, cutting it off leaves the word as read.
+        return correct(_words(used), check).view(np.uint8)[: len(used)]
+
+    return _guarded(model, targets, lambda used: {"check": encode(_words(used))}, read)
+
+
+def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> Plan:
+    """Plan to store two more copies, in whole bytes, and to read each bit as at least two of the three say.
+
+    A bit is wrong with probability 3 p^2 - 2 p^3 where each of the three is with probability p, independently.
+
+    Args:
+        targets: what is copied, in the words of `bnn_utils.faults.inject`.
+
+    Raises:
+        ValueError: a target names nothing that the network stores.
+
+    Source: R. E. Lyons and W. Vanderkulk, The Use of Triple-Modular Redundancy to Improve Computer Reliability, IBM
+    Journal of Research and Development 6(2), 1962.
+    """
+    return _guarded(model, targets, lambda used: {"copy 1": used.copy(), "copy 2": used.copy()}, majority)
+
+
+REPAIRS: dict[str, Callable[[nn.Module], Plan]] = {
+    "none": none,
+    "clip": lambda model: Plan({}, partial(clip, model)),
+    "range": range_check,
+    "secded-floats": partial(secded, targets=FLOATS),
+    "secded": secded,
+    "vote-floats": partial(vote, targets=FLOATS),
+    "vote": vote,
+}
+
+
+def stored_bits(model: nn.Module, repair: str = "none") -> int:
+    """Return how many bits memory holds: those used by the network's parameters, and all that the repair stores.
+
+    Raises:
+        ValueError: an unknown repair.
+    """
+    if repair not in REPAIRS:
+        raise ValueError(f"unknown repair {repair!r}, expected one of {', '.join(REPAIRS)}")
+    parameters = [held for held in stored_tensors(model).values() if held.kind in PARAMETERS]
+    own = sum(8 * x.nbytes if mask is None else int(_bits(mask).sum(dtype=np.int64)) for _, x, mask in parameters)
+    return own + sum(8 * x.nbytes for x in REPAIRS[repair](model).stored.values())

@@ -14,10 +14,10 @@ from scipy import stats
 from bnn_utils import campaign
 from bnn_utils.campaign import aggregate, mean_interval, run
 from bnn_utils.data import Images
-from bnn_utils.faults import ErrorModel, inject
+from bnn_utils.faults import ErrorModel, inject, inject_tensors
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import pack
-from bnn_utils.repair import clip
+from bnn_utils.repair import REPAIRS, clip
 from bnn_utils.training import Evaluation
 
 COLUMNS = ["network", "dataset", "storage", "repair", "probability", "trial", "seed", "flips", "loss", "accuracy"]
@@ -95,13 +95,51 @@ def test_equals_a_loop_by_hand(model, images):
         assert math.isfinite(row["loss"]) == math.isfinite(loss)
 
 
-def test_repairs_see_the_same_damage(model, images):
-    together = run(model, images, [1e-3], 4, repairs=("none", "clip"))
+@pytest.mark.parametrize("storage", ["float32", "packed"])
+def test_repairs_see_the_same_damage(model, images, storage):
+    campaign_of = dict(probabilities=[1e-2], trials=3, storage=storage)
+    together = run(model, images, **campaign_of, repairs=tuple(REPAIRS))
     flips = together.pivot(index="trial", columns="repair", values="flips")
-    assert (flips["none"] == flips["clip"]).all()
-    for repair in ("none", "clip"):
-        alone = run(model, images, [1e-3], 4, repairs=(repair,))
+    assert set(flips) == set(REPAIRS)
+    assert flips.eq(flips["none"], axis=0).all(axis=None)
+    for repair in REPAIRS:
+        alone = run(model, images, **campaign_of, repairs=(repair,))
         pd.testing.assert_frame_equal(alone, together[together["repair"] == repair].reset_index(drop=True))
+
+
+@pytest.mark.parametrize("storage", ["float32", "packed"])
+@pytest.mark.parametrize("repair", [name for name in REPAIRS if name not in ("none", "clip")])
+def test_what_a_repair_stores_errs_too(model, images, storage, repair):
+    table = run(model, images, [3e-3, 3e-2], 3, storage=storage, repairs=("clip", repair), error="asymmetric", seed=4)
+    held = pack(model) if storage == "packed" else model
+    plan = REPAIRS[repair](held)
+    beside = {f"{repair}: {name}": tensor for name, tensor in plan.stored.items()}
+    for row in table[table["repair"] == repair].to_dict("records"):
+        damage = dict(probability=row["probability"], seed=row["seed"], error="asymmetric")
+        with inject(held, **damage) as flips, inject_tensors(beside, **damage), plan.read():
+            loss, accuracy = by_hand(held, images)
+        assert row["flips"] == flips.total > 0
+        assert row["accuracy"] == accuracy
+        assert row["loss"] == pytest.approx(loss, rel=1e-6, nan_ok=True) or not math.isfinite(loss)
+
+
+@pytest.mark.parametrize("storage", ["float32", "packed"])
+def test_the_vote_outlasts_what_the_network_alone_does_not(model, images, storage):
+    clean = run(model, images, [0.0], 1, storage=storage)["loss"].item()
+    table = run(model, images, [3e-4], 10, storage=storage, repairs=("none", "vote")).set_index("repair")
+    assert (table.loc["none", "loss"] != clean).sum() >= 5
+    assert (table.loc["vote", "loss"] != clean).sum() <= 1
+
+
+def test_results_without_flips_are_used_again_unless_what_a_repair_stores_was_hit(model, images, monkeypatch):
+    calls = []
+    evaluate = campaign.evaluate
+    monkeypatch.setattr(campaign, "evaluate", lambda *arguments: calls.append(1) or evaluate(*arguments))
+    for probability, evaluated in [(0.0, 2), (1e-5, 1 + 4)]:
+        calls.clear()
+        table = run(model, images, [probability], 4, repairs=("none", "vote"), targets="features.3.bias")
+        assert (table["flips"] == 0).all()
+        assert len(calls) == evaluated
 
 
 def test_a_trial_does_not_depend_on_the_rest_of_the_campaign(model, images):
@@ -196,7 +234,8 @@ def spawned(workers):
 @pytest.mark.parametrize("storage", ["float32", "packed"])
 @pytest.mark.parametrize("executor", [ThreadPoolExecutor, spawned])
 def test_an_executor_gives_the_same_table(model, images, tmp_path, executor, storage):
-    campaign_of = dict(probabilities=[1e-2, 1e-3, 3e-2, 0.0], trials=3, repairs=("none", "clip"), storage=storage)
+    repairs = ("none", "clip", "range", "secded", "vote-floats")
+    campaign_of = dict(probabilities=[1e-2, 1e-3, 3e-2, 0.0], trials=3, repairs=repairs, storage=storage)
     before = bits_of(model)
     here = run(model, images, **campaign_of)
     with executor(2) as workers:

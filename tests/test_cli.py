@@ -24,6 +24,7 @@ from bnn_utils import campaign, checkpoints, data, faults
 from bnn_utils.layers import binarized_weights
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import pack
+from bnn_utils.repair import REPAIRS
 from bnn_utils.training import evaluate
 
 ROOT = Path(cli.__file__).parents[1]
@@ -216,6 +217,14 @@ def test_damage_of_one_trial_has_no_interval(best, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert re.match(r"damaged loss:\{\S+ ± nan\}, damaged acc:\{0\.\d{3} ± nan\}", lines[4])
+
+
+def test_damage_with_every_repair(best, capsys):
+    chosen = ["--limit", 20, "--trials", 2, "--probabilities", "0.01", "--storage", "packed", "--repair", *REPAIRS]
+    assert run(["damage", "-e", best, "--dataset", "digits", *chosen]) == 0
+    lines = capsys.readouterr().out.splitlines()[4:]
+    words = ["damaged", "clipped", *(name for name in REPAIRS if name not in ("none", "clip"))]
+    assert [line.split(" loss:")[0] for line in lines] == words
 
 
 def test_nothing_right_has_no_rate():
