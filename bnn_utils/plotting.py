@@ -1,12 +1,13 @@
 """The pictures, each drawn from a table alone, so that anyone can draw another one from the CSV beside it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -24,6 +25,11 @@ COLORS = {
     "train": "#56B4E9",
     "validation": "#000000",
     "published": "#CC79A7",
+    "range": "#009E73",
+    "secded-floats": "#CC79A7",
+    "secded": "#882255",
+    "vote-floats": "#E69F00",
+    "vote": "#56B4E9",
 }
 LARGEST_LOSS = 1e39  # beyond any 32-bit float
 LABELS = {
@@ -31,6 +37,11 @@ LABELS = {
     "resnet_binary": "ResNet",
     "none": "damaged",
     "clip": "damaged, then clipped",
+    "range": "range check",
+    "secded-floats": "SECDED, all but weights",
+    "secded": "SECDED",
+    "vote-floats": "vote of three, all but weights",
+    "vote": "vote of three",
     "adam": "Adam",
     "sgd": "SGD, momentum 0.9",
 }
@@ -755,6 +766,163 @@ def error_models(table: pd.DataFrame) -> Figure:
     axes[0, 0].set_yticks(range(len(errors)), errors)
     axes[0, 0].invert_yaxis()
     axes[0, 0].legend(loc="lower left", fontsize=9)
+    return figure
+
+
+def ranked(table: pd.DataFrame) -> Figure:
+    """Draw the accuracy that things cost, the dearest on top: means with 95% intervals, a panel a network.
+
+    Args:
+        table: a row a trial, columns network, what (a bar each) and lost (accuracy, 0..1).
+    """
+    networks = list(table["network"].unique())
+    size = (3.6 * len(networks) + 1.2, 0.34 * table["what"].nunique() + 1.2)
+    figure, axes = plt.subplots(1, len(networks), figsize=size, sharex=True, squeeze=False)
+    for axis, network in zip(axes[0], networks):
+        own = intervals(table[table["network"] == network], ["what"], "lost").sort_values("lost")
+        axis.barh(own["what"], 100 * own["lost"], xerr=100 * own["lost_half"], color=color(network), capsize=3)
+        axis.axvline(0, color="0.3", lw=0.8)
+        axis.grid(axis="y", visible=False)
+        axis.set(title=label(network), xlabel="accuracy lost (points)")
+    return figure
+
+
+def layers_and_kinds(table: pd.DataFrame) -> Figure:
+    """Draw the mean accuracy lost to errors in one tensor, layer by layer down, kind by kind across, a panel a network.
+
+    Args:
+        table: a row a trial, columns network, layer, kind and lost (accuracy, 0..1).
+    """
+    networks = list(table["network"].unique())
+    rows = max(group["layer"].nunique() for _, group in table.groupby("network"))
+    figure, axes = plt.subplots(1, len(networks), figsize=(3.6 * len(networks) + 1.6, 0.3 * rows + 1.4), squeeze=False)
+    means = intervals(table, ["network", "layer", "kind"], "lost")
+    most = 100 * means["lost"].max()
+    scale = PowerNorm(
+        0.5, vmin=0, vmax=most, clip=True
+    )  # a root, so that one large loss leaves the others their shades
+    for axis, network in zip(axes[0], networks):
+        own = means[means["network"] == network]
+        layers, kinds = list(own["layer"].unique()), list(means["kind"].unique())
+        lost = 100 * own.pivot(index="layer", columns="kind", values="lost").reindex(index=layers, columns=kinds)
+        image = axis.imshow(lost, norm=scale, aspect="auto")
+        for (row, column), value in np.ndenumerate(lost.to_numpy()):
+            if np.isfinite(value):
+                shade = "w" if value < most / 4 else "k"
+                axis.text(column, row, f"{round(value, 1) + 0:.1f}", ha="center", va="center", fontsize=7, color=shade)
+        axis.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+        axis.set_yticks(range(len(layers)), layers, fontsize=7)
+        axis.set(title=label(network))
+        axis.grid(False)
+    figure.colorbar(image, ax=axes, label="accuracy lost (points)", shrink=0.8)
+    return figure
+
+
+def bit_positions(table: pd.DataFrame) -> Figure:
+    """Draw the accuracy lost to errors in one bit position of every float: means with 95% intervals, a line a network.
+
+    Args:
+        table: a row a trial, columns network, bits (the position or positions, in order) and lost (accuracy, 0..1).
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    places = list(table["bits"].unique())
+    networks = list(table["network"].unique())
+    for index, network in enumerate(networks):
+        own = intervals(table[table["network"] == network], ["bits"], "lost")
+        x = [places.index(bits) + 0.12 * (2 * index + 1 - len(networks)) for bits in own["bits"]]
+        style: Any = dict(fmt="os"[index % 2], color=color(network, index), capsize=3, label=label(network))
+        axis.errorbar(x, 100 * own["lost"], yerr=100 * own["lost_half"], **style)
+    axis.axhline(0, color="0.3", lw=0.8)
+    axis.set_xticks(range(len(places)), places)
+    axis.set(xlabel="bit that errs (31: sign, 30 to 23: exponent, 22 to 0: mantissa)", ylabel="accuracy lost (points)")
+    axis.legend()
+    return figure
+
+
+def outputs(table: pd.DataFrame) -> Figure:
+    """Draw a network's outputs, a column an image, a row a class, before and after each of some bits flipped.
+
+    Args:
+        table: columns panel (its title), image (its place), output (class) and value; values beyond ±4 look alike,
+            NaN is red.
+    """
+    panels = list(table["panel"].unique())
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7.0, 1.25 * len(panels) + 0.4), sharex=True, squeeze=False)
+    colors = plt.get_cmap("cividis").with_extremes(bad="#D55E00")
+    for axis, panel in zip(axes[:, 0], panels):
+        values = table[table["panel"] == panel].pivot(index="output", columns="image", values="value")
+        image = axis.imshow(values, vmin=-4, vmax=4, aspect="auto", interpolation="none", cmap=colors)
+        axis.set_title(panel, fontsize=9)
+        axis.set(ylabel="output")
+        axis.grid(False)
+    axes[-1, 0].set(xlabel="test images, sorted by class")
+    figure.colorbar(image, ax=axes, label="value", extend="both")
+    return figure
+
+
+def wrong_signs(table: pd.DataFrame) -> Figure:
+    """Draw the share of wrong signs that each layer reads: dots measured, with 95% intervals, lines predicted.
+
+    Args:
+        table: columns network, layer (in order), probability, share, share_half and predicted, a row for each.
+    """
+    networks = list(table["network"].unique())
+    figure, axes = plt.subplots(1, len(networks), figsize=(4.0 * len(networks) + 0.4, 3.8), sharey=True, squeeze=False)
+    for axis, network in zip(axes[0], networks):
+        own = table[table["network"] == network]
+        layers = list(own["layer"].unique())
+        for index, (probability, line) in enumerate(own.groupby("probability", sort=False)):
+            style: Any = dict(color=f"C{index}", capsize=3)
+            text = f"$p$ = {probability:g}"
+            axis.errorbar(line["layer"], 100 * line["share"], 100 * line["share_half"], fmt="o", label=text, **style)
+            axis.plot(line["layer"], 100 * line["predicted"], "--", color=f"C{index}", lw=1.2)
+        axis.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
+        axis.set(yscale="log", title=label(network))
+    axes[0, 0].set(ylabel="wrong signs (%)")
+    axes[0, 0].plot([], [], "--", color="0.3", lw=1.2, label="independent flips")
+    axes[0, 0].legend(fontsize=9)
+    return figure
+
+
+def clipping(scales: pd.DataFrame, costs: pd.DataFrame) -> Figure:
+    """Draw the trained BatchNorm scales beside the clamp, and what the clamp costs an undamaged network, by its bound.
+
+    Args:
+        scales: columns network and value, a row a number.
+        costs: columns network, bound and lost (accuracy, 0..1).
+    """
+    figure, (values, cost) = plt.subplots(1, 2, figsize=(7.6, 3.3))
+    for index, (network, own) in enumerate(scales.groupby("network", sort=False)):
+        style: Any = dict(color=color(str(network), index), label=label(str(network)))
+        values.hist(own["value"], bins=40, density=True, histtype="step", lw=1.8, **style)
+        line = costs[costs["network"] == network]
+        cost.plot(line["bound"], 100 * line["lost"], "o-", **style)
+    values.axvspan(-1, 1, color="0.85", zorder=0)
+    cost.axvline(1, color="0.5", ls=":")
+    values.set(xlabel="trained BatchNorm scale (grey: what the clamp leaves)", ylabel="density")
+    cost.set(xlabel="bound of the clamp, ±", ylabel="accuracy lost, nothing damaged (points)")
+    cost.legend()
+    return figure
+
+
+def trial_spread(table: pd.DataFrame, coverage: pd.DataFrame) -> Figure:
+    """Draw how accuracy spreads over trials, and how often intervals of few trials hold the mean of all.
+
+    Args:
+        table: a row a trial, columns network and accuracy.
+        coverage: columns network, trials and coverage (0..1).
+    """
+    figure, (spread, held) = plt.subplots(1, 2, figsize=(7.6, 3.2))
+    bins = np.linspace(0, 100, 41)
+    for index, (network, own) in enumerate(table.groupby("network", sort=False)):
+        style: Any = dict(color=color(str(network), index), label=label(str(network)))
+        spread.hist(100 * own["accuracy"], bins=bins, histtype="step", lw=1.8, **style)
+        line = coverage[coverage["network"] == network]
+        held.plot(line["trials"], 100 * line["coverage"], "o-", **style)
+    held.axhline(95, color="0.4", ls=":", label="promised")
+    spread.set(xlabel="accuracy of a trial (%)", ylabel="trials")
+    held.set(xlabel="trials behind an interval", ylabel="intervals that hold the mean (%)", xscale="log")
+    held.legend(fontsize=9)
     return figure
 
 

@@ -684,6 +684,8 @@ def test_error_models_by_name():
         dict(zero_to_one=float("nan")),
         dict(zero_to_one=0.0, one_to_zero=0.0),
         dict(length=0),
+        dict(positions=(3, 64)),
+        dict(positions=(-1,)),
     ],
 )
 def test_wrong_error_models(arguments):
@@ -694,6 +696,20 @@ def test_wrong_error_models(arguments):
 def test_an_unknown_error_model_is_told_the_known_ones():
     with pytest.raises(ValueError, match=", ".join(ERRORS)), inject(small(), 0.5, seed=0, error="flop"):
         pass
+
+
+def test_positions_confine_errors_to_some_bits_of_each_element():
+    """The bits that may err do so as in the trial where all may; no other bit does."""
+    model = packed()
+    before, used, size = bits_of(model), used_bits(model), {}
+    chosen = (0, 5, 15, 31)
+    every, _ = damaged_bits(model, 0.2, seed=3)
+    some, flips = damaged_bits(model, 0.2, seed=3, error=ErrorModel("", "", positions=chosen))
+    for name in before:
+        size = 8 * before[name].itemsize
+        may = np.isin(np.arange(used[name].size) % size, chosen)
+        assert np.array_equal(in_order(before[name] ^ some[name]), in_order(before[name] ^ every[name]) & may), name
+    assert flips.total > 0 and {position for position in range(64) if flips.bits[position]} <= set(chosen)
 
 
 @pytest.mark.parametrize("error", MODELS)

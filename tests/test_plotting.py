@@ -546,6 +546,126 @@ def test_error_models():
             close(widths, [200 * half(values) for _, values in groups["accuracy"]])
 
 
+def test_ranked():
+    rng = np.random.default_rng(20)
+    table = pd.DataFrame(product(NETWORKS, ["a", "b", "c"], range(5)), columns=["network", "what", "trial"])
+    table["lost"] = rng.uniform(0, 0.1, len(table)) + 0.2 * (table["what"] == "b")
+    axes = finished(plotting.ranked(table))
+    for axis, network in zip(axes, NETWORKS):
+        assert axis.get_title() == plotting.label(network)
+        groups = table[table["network"] == network].groupby("what")["lost"]
+        order = groups.mean().sort_values()
+        assert [text.get_text() for text in axis.get_yticklabels()] == list(order.index)
+        assert order.index[-1] == "b"  # the dearest on top
+        close([patch.get_width() for patch in axis.patches], 100 * order)
+        (drawn,) = [held for held in axis.containers if hasattr(held, "lines")]
+        widths = [end[0] - start[0] for start, end in drawn.lines[2][0].get_segments()]
+        close(widths, [200 * half(groups.get_group(what)) for what in order.index])
+
+
+def test_ranked_of_single_rows_has_no_intervals():
+    table = pd.DataFrame(dict(network=NETWORKS[0], what=["a", "b"], lost=[0.1, -0.02]))
+    (axis,) = finished(plotting.ranked(table))
+    close([patch.get_width() for patch in axis.patches], [-2, 10])
+
+
+def test_layers_and_kinds():
+    rows = [
+        dict(network=network, layer=f"{layer} of {network}", kind=kind, lost=0.01 * (layer + 1) * trial)
+        for network, layers in zip(NETWORKS, (3, 2))
+        for layer, kind, trial in product(range(layers), ("weights", "biases"), (1, 2, 6))
+        if (layer, kind) != (1, "biases")
+    ]
+    axes = finished(plotting.layers_and_kinds(pd.DataFrame(rows)))
+    for axis, network, layers in zip(axes, NETWORKS, (3, 2)):
+        shown = np.ma.filled(axis.images[0].get_array(), np.nan)
+        expected = np.array([[3.0 * (layer + 1)] * 2 for layer in range(layers)])
+        expected[1, 1] = np.nan
+        close(shown, expected)
+        assert [text.get_text() for text in axis.get_yticklabels()] == [f"{i} of {network}" for i in range(layers)]
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["weights", "biases"]
+        assert texts(axis) == [f"{value:.1f}" for value in expected.ravel() if np.isfinite(value)]
+
+
+def test_bit_positions():
+    rng = np.random.default_rng(21)
+    table = pd.DataFrame(product(NETWORKS, ["31", "30", "29 to 0"], range(4)), columns=["network", "bits", "trial"])
+    table["lost"] = rng.uniform(0, 0.5, len(table))
+    (axis,) = finished(plotting.bit_positions(table))
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["31", "30", "29 to 0"]
+    for network in NETWORKS:
+        x, y, low, high = bars(axis, plotting.label(network))
+        groups = [own for _, own in table[table["network"] == network].groupby("bits", sort=False)["lost"]]
+        assert [round(place) for place in x] == [0, 1, 2]
+        close(y, [100 * own.mean() for own in groups])
+        close(high - low, [200 * half(own) for own in groups])
+
+
+def test_outputs():
+    rows = [
+        dict(panel=panel, image=image, output=output, value=factor * (image - output))
+        for (panel, factor), image, output in product([("before", 1.0), ("after", 1e38)], range(6), range(3))
+    ]
+    table = pd.DataFrame(rows)
+    table.loc[0, "value"] = np.nan
+    axes = finished(plotting.outputs(table))
+    for axis, panel in zip(axes, ("before", "after")):
+        assert axis.get_title() == panel
+        own = table[table["panel"] == panel].pivot(index="output", columns="image", values="value")
+        close(np.ma.filled(axis.images[0].get_array(), np.nan), own)
+        assert axis.images[0].get_clim() == (-4, 4)
+
+
+def test_wrong_signs():
+    rows = [
+        dict(network=network, layer=layer, probability=p, share=p * (i + 1), share_half=p / 4, predicted=p * (i + 2))
+        for network, p, (i, layer) in product(NETWORKS, (1e-3, 1e-2), enumerate(["one", "two", "three"]))
+    ]
+    axes = finished(plotting.wrong_signs(pd.DataFrame(rows)))
+    for axis, network in zip(axes, NETWORKS):
+        assert axis.get_title() == plotting.label(network) and axis.get_yscale() == "log"
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["one", "two", "three"]
+        for index, p in enumerate((1e-3, 1e-2)):
+            _, y, low, high = bars(axis, f"$p$ = {p:g}")
+            close(y, 100 * p * np.array([1, 2, 3]))
+            close(high - low, 3 * [50 * p])
+            dashed = [drawn for drawn in axis.lines if drawn.get_linestyle() == "--" and len(drawn.get_xdata())]
+            close(dashed[index].get_ydata(), 100 * p * np.array([2, 3, 4]))
+
+
+def test_clipping():
+    rng = np.random.default_rng(22)
+    scales = pd.DataFrame(dict(network=np.repeat(NETWORKS, 50), value=rng.normal(1, 0.3, 100)))
+    costs = pd.DataFrame(product(NETWORKS, (0.5, 1.0, 2.0)), columns=["network", "bound"])
+    costs["lost"] = 0.1 / costs["bound"] + 0.01 * (costs["network"] == NETWORKS[1])
+    values, cost = finished(plotting.clipping(scales, costs))
+    for network in NETWORKS:
+        own = costs[costs["network"] == network]
+        x, y = line(cost, plotting.label(network))
+        close(x, own["bound"])
+        close(y, 100 * own["lost"])
+    outlines = [patch for patch in values.patches if patch.get_label() in map(plotting.label, NETWORKS)]
+    for outline, network in zip(outlines, NETWORKS, strict=True):
+        edges = outline.get_xy()[:, 0]
+        own = scales.loc[scales["network"] == network, "value"]
+        close([edges.min(), edges.max()], [own.min(), own.max()])
+
+
+def test_trial_spread():
+    rng = np.random.default_rng(23)
+    table = pd.DataFrame(dict(network=np.repeat(NETWORKS, 40), accuracy=rng.uniform(0.1, 0.9, 80)))
+    coverage = pd.DataFrame(product(NETWORKS, (3, 10, 30)), columns=["network", "trials"])
+    coverage["coverage"] = 0.95 - 1 / coverage["trials"]
+    spread, held = finished(plotting.trial_spread(table, coverage))
+    assert [patch.get_label() for patch in spread.patches] == [plotting.label(network) for network in NETWORKS]
+    for patch, network in zip(spread.patches, NETWORKS):
+        counts, _ = np.histogram(100 * table.loc[table["network"] == network, "accuracy"], np.linspace(0, 100, 41))
+        assert patch.get_xy()[:, 1].max() == counts.max()
+        x, y = line(held, plotting.label(network))
+        close(x, [3, 10, 30])
+        close(y, 95 - 100 / np.array([3, 10, 30]))
+
+
 def test_speed():
     rows = [
         dict(network=network, width=1.0, batch=batch, runtime=runtime, images_per_second=median)
