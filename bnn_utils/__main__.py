@@ -15,7 +15,7 @@ from bnn_utils import campaign, checkpoints, data, faults
 from bnn_utils.models import MODELS, build
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
-from bnn_utils.training import OPTIMIZERS, PRECISIONS, STATE_FILE, Evaluation, Recipe, evaluate, train
+from bnn_utils.training import LOSSES, OPTIMIZERS, PRECISIONS, STATE_FILE, Evaluation, Recipe, evaluate, train
 
 BEST_FILE = "best.safetensors"
 PUBLISHED_WORDS = {"none": "damaged", "clip": "clipped"}
@@ -56,6 +56,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", choices=PRECISIONS, default=defaults.precision, help="of training's arithmetic")
     sub.add_argument("--width", type=float, default=1.0, help="factor on every layer's size; 1.0 is as published")
     sub.add_argument("--seed", type=int, default=defaults.seed)
+    sub.add_argument(
+        "--damage-train-rate",
+        dest="damage_rate",
+        type=float,
+        default=defaults.damage_rate,
+        metavar="P",
+        help="train for errors: flip each binarized weight with this probability, anew every step",
+    )
+    sub.add_argument(
+        "--damage-below",
+        type=float,
+        default=defaults.damage_below,
+        metavar="L",
+        help=f"the cross-entropy in nats below which errors start ({defaults.damage_below})",
+    )
+    sub.add_argument("--loss", choices=LOSSES, default=defaults.loss, help="what is trained")
+    sub.add_argument(
+        "--margin", type=float, default=defaults.margin, metavar="B", help=f"of the margin loss ({defaults.margin})"
+    )
     sub.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on with an interrupted run")
     sub.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
     sub.set_defaults(run=_train)
@@ -166,7 +185,7 @@ def _train(arguments: argparse.Namespace) -> None:
     history = train(
         model, dataset.to(device), recipe, folder=folder, resume=resume, on_best=keep, on_epoch=_print_epoch
     )
-    best = history.loc[history["validation_accuracy"].idxmax()]
+    best = history.loc[history.attrs["best_epoch"] - 1]
     tested = evaluate(model, dataset.test.to(device))
     facts.update(epoch=int(best["epoch"]), validation_accuracy=float(best["validation_accuracy"]))
     facts.update(test_loss=tested.loss, test_accuracy=tested.accuracy, seconds=float(history["seconds"].sum()))

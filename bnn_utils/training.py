@@ -1,10 +1,11 @@
-"""The published recipe: train a binarized network, watch its signs, keep the best epoch; and evaluate."""
+"""The published recipe and training for errors: watch the signs, keep the best epoch; and evaluate."""
 
 import copy
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bnn_utils.bits import sample_positions
 from bnn_utils.data import Dataset, Images, augment
 from bnn_utils.layers import binarized_weights, clamp_latent_weights
 from bnn_utils.system import progress_bar, write_beside
@@ -24,6 +26,7 @@ from bnn_utils.system import progress_bar, write_beside
 FINAL_LR = 1e-5  # where the cosine schedule ends
 OPTIMIZERS = ("adam", "sgd")
 PRECISIONS = ("float32", "bfloat16")
+LOSSES = ("cross-entropy", "margin")
 STATE_FILE, HISTORY_FILE = "last.pt", "history.csv"
 HISTORY = (
     "epoch",
@@ -55,7 +58,23 @@ class Recipe:
         weight_decay: L2 penalty on every parameter, added to its gradient as torch's Adam and SGD do.
         optimizer: "adam", or "sgd" with momentum 0.9.
         precision: of the arithmetic in training, "float32" or "bfloat16" (weights stay float32).
-        seed: of the order of images, their crops and flips.
+        seed: of the order of images, their crops and flips, and of the bit errors.
+        damage_rate: bit error probability of the binarized weights in training, in [0, 1); 0 trains without errors.
+            Otherwise a step averages the gradient of the clean loss and that of the loss at weights of which each is
+            flipped with this probability, drawn anew every step. The latent weights take the average; errors never
+            change them.
+        damage_below: errors start after the first epoch whose mean clean cross-entropy in training was below this
+            many nats, and then stay. The default is the source's for 10 classes; more classes need a higher one.
+        loss: what is trained, "cross-entropy" or "margin", see `margin_loss`.
+        margin: of the margin loss, in units of a logit. Both published networks end with a BatchNorm that has no scale
+            and no shift, so that a unit is the standard deviation of the class's logit over a batch. The default is
+            the largest value that all images of a class can reach if c = 10 classes are equally frequent, sqrt(c - 1).
+
+    Raises:
+        ValueError: a field outside its range.
+
+    Source: the published recipe, see README.md. Errors: D. Stutz et al., Bit Error Robustness for Energy-Efficient
+    DNN Accelerators, MLSys 2021 (arXiv:2006.13977), whose published code starts them below 1.75 on CIFAR-10.
     """
 
     epochs: int = 100
@@ -65,6 +84,10 @@ class Recipe:
     optimizer: str = "adam"
     precision: str = "float32"
     seed: int = 0
+    damage_rate: float = 0.0
+    damage_below: float = 1.75
+    loss: str = "cross-entropy"
+    margin: float = 3.0
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -81,6 +104,18 @@ class Recipe:
             raise ValueError(f"unknown precision {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.damage_rate < 1:
+            raise ValueError(f"damage_rate must lie in [0, 1), got {self.damage_rate}")
+        if not 0 < self.damage_below < float("inf"):
+            raise ValueError(f"damage_below must be a positive number, got {self.damage_below}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"unknown loss {self.loss!r}, expected one of {', '.join(LOSSES)}")
+        if not 0 < self.margin < float("inf"):
+            raise ValueError(f"margin must be a positive number, got {self.margin}")
+
+
+# Fields that recipes did not always have: without them, a run was trained as their defaults say.
+_LATER = {name: getattr(Recipe, name) for name in ("damage_rate", "damage_below", "loss", "margin")}
 
 
 @torch.no_grad()
@@ -128,9 +163,115 @@ def _learning_rate(recipe: Recipe, progress: float) -> float:
     return final + (recipe.lr - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def margin_loss(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Return the modified hinge loss: the mean over images and classes of max(0, margin - y f).
+
+    f is the logit of a class; y is +1 where it is the image's class, else -1. A logit beyond the margin, on its side
+    of zero, asks for nothing more, so training turns to those that few flipped bits could carry across.
+
+    Args:
+        logits: (n, classes), floating point.
+        labels: (n,), the classes of the images, 0..classes-1.
+        margin: in units of a logit; see `Recipe.margin`.
+
+    Source: S. Buschjäger et al., Margin-Maximization in Binarized Neural Networks for Optimizing Bit Error Tolerance,
+    DATE 2021.
+    """
+    y = 2 * functional.one_hot(labels, logits.shape[1]) - 1
+    return functional.relu(margin - y * logits).mean()
+
+
+@contextmanager
+def flipped_weights(model: nn.Module, probability: float, generator: np.random.Generator) -> Iterator[int]:
+    """Flip the sign of each binarized weight of `model` with `probability`, until the context ends.
+
+    A flipped latent weight w becomes -w, and 0, which reads +1, a tiny negative number: the layer's weight
+    changes its sign, and the straight-through gradient passes where it did before. Errors are independent, their
+    number is binomial, as in `bnn_utils.bits.sample_positions`. On leaving, an exception too, every latent weight is
+    back, bit for bit. Gradients with respect to the flipped weights must be computed inside the context.
+
+    Args:
+        model: any network with binarized layers, on any device.
+        probability: of each weight to be flipped, in [0, 1].
+        generator: where the randomness comes from.
+
+    Yields:
+        The number of flipped weights.
+
+    Raises:
+        ValueError: `probability` is not in [0, 1].
+    """
+    latent: list[tuple[Tensor, tuple[Tensor, ...], Tensor]] = []
+    try:
+        with torch.no_grad():
+            for weight in binarized_weights(model).values():
+                drawn = sample_positions(weight.numel(), probability, generator)
+                positions = np.concatenate([np.empty(0, np.int64), *drawn])
+                index = torch.unravel_index(torch.from_numpy(positions).to(weight.device), weight.shape)
+                before = weight[index]
+                latent.append((weight, index, before))
+                weight[index] = torch.where(before == 0, -torch.finfo(before.dtype).tiny, -before)
+        yield sum(len(before) for _, _, before in latent)
+    finally:
+        with torch.no_grad():
+            for weight, index, before in reversed(latent):  # of a weight that two layers share, the first value last
+                weight[index] = before
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Have BatchNorm, in training mode, normalize by the batch without updating its running statistics."""
+    tracking = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    try:
+        for module in tracking:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+def _forward(model: nn.Module, x: Tensor, labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Return the logits and the loss that is trained."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        logits = model(x)
+    if recipe.loss == "margin":
+        return logits, margin_loss(logits.float(), labels, recipe.margin)
+    return logits, functional.cross_entropy(logits.float(), labels)
+
+
+def _backward(
+    model: nn.Module, x: Tensor, labels: Tensor, recipe: Recipe, errors: np.random.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Add a step's gradient, with `errors` the average of the clean and the damaged one.
+
+    Returns:
+        The clean logits, and the loss whose gradient that is.
+    """
+    logits, loss = _forward(model, x, labels, recipe)
+    if errors is None:
+        loss.backward()
+        return logits.detach(), loss.detach()
+    (loss / 2).backward()
+    # Running statistics are those of the clean network: they are error-free in memory, and computed once, before
+    # anything fails; a mixture with the statistics of many differently damaged networks would fit none of them.
+    with flipped_weights(model, recipe.damage_rate, errors), _statistics_kept(model):
+        _, damaged = _forward(model, x, labels, recipe)
+        (damaged / 2).backward()
+    return logits.detach(), (loss + damaged).detach() / 2
+
+
 def _train_epoch(
-    model: nn.Module, data: Dataset, recipe: Recipe, epoch: int, optimizer: torch.optim.Optimizer, progress: bool
-) -> Evaluation:
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    damaging: bool,
+    after_step: Callable[[nn.Module], None] | None,
+    progress: bool,
+) -> tuple[Evaluation, float]:
+    """Train for one epoch; return its loss and accuracy, and the mean clean cross-entropy."""
     train = data.train
     device = train.labels.device
     # All randomness of an epoch follows from the seed and its number, so a resumed run sees the same images.
@@ -140,6 +281,7 @@ def _train_epoch(
     size = min(recipe.batch_size, len(train))
     steps = len(train) // size
     loss_sum = torch.zeros((), device=device)
+    entropy_sum = torch.zeros((), device=device)
     right = torch.zeros((), device=device, dtype=torch.int64)
     model.train()
     batches = range(steps)
@@ -152,22 +294,31 @@ def _train_epoch(
         pixels = augment(train.pixels[chosen], data.padding, data.flip, generator)
         labels = train.labels[chosen]
         x = train.normalized(pixels).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            logits = model(x)
-        loss = functional.cross_entropy(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        errors = None
+        if damaging:
+            # A stream of its own for every step: a resumed run draws the errors of an uninterrupted one.
+            errors = np.random.default_rng(np.random.SeedSequence([recipe.seed, epoch], spawn_key=(step,)))
+        logits, loss = _backward(model, x, labels, recipe, errors)
         optimizer.step()
         clamp_latent_weights(model)
-        loss_sum += loss.detach()
+        if after_step is not None:
+            after_step(model)
+        loss_sum += loss
+        entropy_sum += functional.cross_entropy(logits.float(), labels)
         right += (logits.argmax(1) == labels).sum()
-    return Evaluation(loss_sum.item() / steps, right.item() / (steps * size))
+    return Evaluation(loss_sum.item() / steps, right.item() / (steps * size)), entropy_sum.item() / steps
 
 
 def _identity(model: nn.Module, data: Dataset, recipe: Recipe) -> dict[str, Any]:
     """Return what must agree before a run may go on from a state file."""
     network = {"network": getattr(model, "name", type(model).__name__), **getattr(model, "config", {})}
-    return {**network, "dataset": data.name, "train_images": len(data.train), **asdict(recipe)}
+    told = {key: value for key, value in asdict(recipe).items() if key not in _LATER or value != _LATER[key]}
+    return {**network, "dataset": data.name, "train_images": len(data.train), **told}
+
+
+def _score(row: dict[str, Any]) -> tuple[float, float]:
+    return row["validation_accuracy"], -row["validation_loss"]
 
 
 def _resume(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +331,7 @@ def _resume(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not the state of a training run ({reason})") from None
     differing = [
-        f"{key} {before.get(key)!r} there, {identity.get(key)!r} here"
+        f"{key} {before.get(key, _LATER.get(key))!r} there, {identity.get(key, _LATER.get(key))!r} here"
         for key in {**before, **identity}
         if before.get(key) != identity.get(key)
     ]
@@ -198,12 +349,14 @@ def train(
     resume: bool = False,
     on_best: Callable[[nn.Module, dict[str, Any]], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    after_step: Callable[[nn.Module], None] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train `model` in place and leave it, in evaluation mode, as it was after its best epoch.
 
     The best epoch has the highest accuracy on the validation part (the lower loss where two are equal); test images
-    choose nothing. After every step the latent weights are clamped to [-1, 1].
+    choose nothing. After every step the latent weights are clamped to [-1, 1]. With `recipe.damage_rate`, an epoch
+    trained with errors is better than any without, since errors are what the network is trained for.
 
     Args:
         model: a binarized network, on the device of `data`.
@@ -214,37 +367,44 @@ def train(
             result is that of an uninterrupted run.
         on_best: called with (model, history row) after every epoch that is the best so far.
         on_epoch: called with the history row after every epoch.
+        after_step: called with the model after every optimizer step and clamp; what it changes stays changed.
         progress: show a bar for every epoch.
 
     Returns:
-        The history, one row an epoch: epoch (from 1), lr (at its end), train_loss, train_accuracy (both while
-        training), validation_loss, validation_accuracy, sign_flips (share of the binarized weights whose sign at
-        the end of the epoch is not that at its beginning), seconds.
+        The history, one row an epoch: epoch (from 1), lr (at its end), train_loss (what is trained: with errors, the
+        mean of the clean and the damaged loss), train_accuracy (of the clean network; both while training),
+        validation_loss (cross-entropy in nats, whatever is trained), validation_accuracy, sign_flips (share of the
+        binarized weights whose sign at the end of the epoch is not that at its beginning), seconds. Its
+        attrs["best_epoch"] is the epoch that was best.
 
     Raises:
         ValueError: `folder` holds no run that this one could resume.
 
     Source: Hubara et al., 2016, algorithm 1; Adam at 5e-3, no weight decay and batch 256 are the published recipe.
+    Of errors and the margin loss, see `Recipe` and `margin_loss`.
     """
     recipe = recipe or Recipe()
     identity = _identity(model, data, recipe)
     optimizer = _optimizer(model, recipe)
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
+    damaging = False
     if resume:
         if folder is None:
             raise ValueError("resume needs the folder of the run")
         state = _resume(Path(folder) / STATE_FILE, identity)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        rows, best = state["rows"], state["best"]
+        rows, damaging = state["rows"], state.get("damaging", False)
+        # A file may be of before there were errors, and then tells neither the epoch nor that there were none.
+        best = dict(epoch=max(rows, key=_score)["epoch"], damaging=False) | state["best"]
     elif folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
     for epoch in range(len(rows), recipe.epochs):
         started = time.perf_counter()
         signs = _signs(model)
-        trained = _train_epoch(model, data, recipe, epoch, optimizer, progress)
+        trained, entropy = _train_epoch(model, data, recipe, epoch, optimizer, damaging, after_step, progress)
         flipped = _flipped_share(signs, _signs(model))
         validated = evaluate(model, data.validation)
         row = dict(
@@ -258,14 +418,16 @@ def train(
             seconds=time.perf_counter() - started,
         )
         rows.append(row)
-        score = (validated.accuracy, -validated.loss)
-        improved = not best or score > tuple(best["score"])
+        score = (damaging, *_score(row))
+        improved = not best or score > (best["damaging"], *best["score"])
         if improved:
-            best = dict(score=score, state={key: value.clone() for key, value in model.state_dict().items()})
+            best = dict(epoch=epoch + 1, damaging=damaging, score=_score(row))
+            best["state"] = {key: value.clone() for key, value in model.state_dict().items()}
             if on_best is not None:
                 on_best(model, row)
+        damaging = damaging or (recipe.damage_rate > 0 and entropy < recipe.damage_below)
         if folder is not None:
-            state = dict(identity=identity, rows=rows, best=best)
+            state = dict(identity=identity, rows=rows, best=best, damaging=damaging)
             state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
             write_beside(Path(folder) / STATE_FILE, partial(torch.save, state))
             write_beside(Path(folder) / HISTORY_FILE, partial(pd.DataFrame(rows).to_csv, index=False))
@@ -274,7 +436,9 @@ def train(
 
     model.load_state_dict(best["state"])
     model.eval()
-    return pd.DataFrame(rows, columns=list(HISTORY))
+    history = pd.DataFrame(rows, columns=list(HISTORY))
+    history.attrs["best_epoch"] = best["epoch"]
+    return history
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from bnn_utils.layers import binarized_weights
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
-from bnn_utils.training import evaluate
+from bnn_utils.training import Recipe, evaluate, train
 
 ROOT = Path(cli.__file__).parents[1]
 DIGITS = "train --model vgg_cifar10_binary --dataset digits"
@@ -142,6 +142,24 @@ def test_train_keeps_what_it_says(tmp_path, capsys):
     assert facts["recipe"]["epochs"] == 2
     assert facts["recipe"]["seed"] == 3
     assert (facts["mean"], facts["std"]) == (list(test.mean), list(test.std))
+
+
+def test_train_for_errors_and_margins(tmp_path, capsys):
+    chosen = dict(damage_rate=0.1, damage_below=50.0, loss="margin", margin=1.5)
+    options = ["--damage-train-rate", 0.1, "--damage-below", 50, "--loss", "margin", "--margin", 1.5]
+    assert run([*TRAIN, "--epochs", 3, "--results-dir", tmp_path, "--save", "run", *options]) == 0
+    recipe = Recipe(epochs=3, batch_size=128, seed=3, **chosen)
+    torch.manual_seed(3)
+    model = vgg_cifar10_binary(width=0.05, in_channels=1, input_size=8).to(memory_format=torch.channels_last)
+    expected = train(model, data.digits(), recipe)
+    history = pd.read_csv(tmp_path / "run/history.csv")
+    pd.testing.assert_frame_equal(history.drop(columns="seconds"), expected.drop(columns="seconds"))
+    kept, facts = checkpoints.load(tmp_path / "run/best.safetensors")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in kept.state_dict().items())
+    assert facts["recipe"] == vars(recipe)
+    assert facts["epoch"] == expected.attrs["best_epoch"] > 1  # the first is trained without errors
+    assert facts["validation_accuracy"] == expected["validation_accuracy"][facts["epoch"] - 1]
+    assert f"best epoch {facts['epoch']}: " in capsys.readouterr().out
 
 
 def test_name_of_the_model_is_the_default_folder(tmp_path, monkeypatch, capsys):
@@ -281,6 +299,7 @@ def test_help(capsys):
     assert "{train,evaluate,damage,pack}" in capsys.readouterr().out
     for command, option in [
         ("train", "--resume"),
+        ("train", "--damage-train-rate"),
         ("evaluate", "--limit"),
         ("damage", "--probabilities"),
         ("pack", "-o"),
@@ -415,6 +434,15 @@ BAD = [
     bad(f"{DIGITS} --weight-decay nan", "weight_decay"),
     bad(f"{DIGITS} --optimizer lion", "lion"),
     bad(f"{DIGITS} --precision int3", "int3"),
+    bad(f"{DIGITS} --damage-train-rate 1", "damage_rate must lie in [0, 1), got 1.0"),
+    bad(f"{DIGITS} --damage-train-rate -0.1", "damage_rate"),
+    bad(f"{DIGITS} --damage-train-rate nan", "damage_rate"),
+    bad(f"{DIGITS} --damage-train-rate often", "--damage-train-rate"),
+    bad(f"{DIGITS} --damage-below 0", "damage_below"),
+    bad(f"{DIGITS} --damage-below inf", "damage_below"),
+    bad(f"{DIGITS} --loss hinge", "hinge"),
+    bad(f"{DIGITS} --margin 0", "margin"),
+    bad(f"{DIGITS} --margin nan", "margin"),
     bad(f"{DIGITS} --width 0", "width"),
     bad(f"{DIGITS} --width nan", "width"),
     bad(f"{DIGITS} --width 1e9", "width"),
@@ -445,6 +473,8 @@ BAD = [
     bad(f"{RESUME} --epochs 3", "epochs 2"),
     bad(f"{RESUME} --lr 0.1", "lr"),
     bad(f"{RESUME} --seed 4", "seed"),
+    bad(f"{RESUME} --damage-train-rate 0.1", "damage_rate 0.0 there, 0.1 here"),
+    bad(f"{RESUME} --loss margin", "loss 'cross-entropy' there, 'margin' here"),
     bad(f"{RESUME} --width 0.1", "width"),
     bad(f"{RESUME} --model resnet_binary", "network"),
     bad(f"{RESUME} results/nothing", "results/nothing"),

@@ -1,5 +1,6 @@
-"""Training: the recipe, what it keeps and chooses, resuming, evaluation, and many trainings at once."""
+"""Training: the recipe, what it keeps and chooses, resuming, errors, evaluation, and many trainings at once."""
 
+import copy
 import math
 import pickle
 from dataclasses import replace
@@ -9,14 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
+from torch.nn import functional
 
 from bnn_utils import data as datasets
+from bnn_utils.campaign import mean_interval
 from bnn_utils.layers import BinarizeLinear, binarized_weights
 from bnn_utils.models import build
-from bnn_utils.training import Job, Recipe, evaluate, predict, train, train_many
+from bnn_utils.training import Job, Recipe, evaluate, flipped_weights, margin_loss, predict, train, train_many
 
 SMALL = Recipe(epochs=3, batch_size=32, lr=1e-2)
+WITH_ERRORS = replace(SMALL, damage_rate=0.1, damage_below=100.0)  # from the second epoch on
 ROW = ["epoch", "lr", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "sign_flips", "seconds"]
 
 
@@ -71,6 +78,17 @@ def without_time(history):
         (dict(optimizer="adamw"), "adamw.*adam, sgd"),
         (dict(precision="float16"), "float16.*float32, bfloat16"),
         (dict(seed=-1), "seed"),
+        (dict(damage_rate=1.0), r"damage_rate must lie in \[0, 1\)"),
+        (dict(damage_rate=-0.1), "damage_rate"),
+        (dict(damage_rate=math.nan), "damage_rate"),
+        (dict(damage_below=0.0), "damage_below"),
+        (dict(damage_below=math.inf), "damage_below"),
+        (dict(damage_below=math.nan), "damage_below"),
+        (dict(loss="hinge"), "hinge.*cross-entropy, margin"),
+        (dict(margin=0.0), "margin"),
+        (dict(margin=-1.0), "margin"),
+        (dict(margin=math.nan), "margin"),
+        (dict(margin=math.inf), "margin"),
     ],
 )
 def test_recipe_names_what_is_wrong(wrong, named):
@@ -81,6 +99,54 @@ def test_recipe_names_what_is_wrong(wrong, named):
 
 def test_defaults_are_the_published_recipe():
     assert Recipe() == Recipe(epochs=100, batch_size=256, lr=5e-3, weight_decay=0.0, optimizer="adam")
+    assert Recipe() == Recipe(damage_rate=0.0, loss="cross-entropy")
+
+
+def test_the_published_recipe_step_by_step(few):
+    recipe, model, twin, states = replace(SMALL, epochs=2), network(), network().train(), []
+    history = train(model, few, recipe, on_epoch=lambda _: states.append(pickle.dumps(model.state_dict())))
+    optimizer = torch.optim.Adam(twin.parameters(), recipe.lr, fused=True)
+    for epoch in range(2):
+        (seed,) = np.random.SeedSequence([recipe.seed, epoch]).generate_state(1, np.uint32)
+        generator = torch.Generator().manual_seed(int(seed))
+        order = torch.randperm(160, generator=generator)
+        losses = torch.zeros(())
+        for step in range(5):
+            for group in optimizer.param_groups:
+                progress = (epoch + step / 5) / 2
+                group["lr"] = 1e-5 + (recipe.lr - 1e-5) * (1 + math.cos(math.pi * progress)) / 2
+            chosen = order[32 * step : 32 * (step + 1)]
+            pixels = datasets.augment(few.train.pixels[chosen], few.padding, few.flip, generator)
+            x = few.train.normalized(pixels).contiguous(memory_format=torch.channels_last)
+            loss = functional.cross_entropy(twin(x), few.train.labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for weight in binarized_weights(twin).values():
+                weight.detach().clamp_(-1, 1)
+            losses += loss.detach()
+        assert history.train_loss[epoch] == losses.item() / 5
+        expected = twin.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in pickle.loads(states[epoch]).items())
+
+
+def test_after_step_comes_after_step_and_clamp_and_what_it_changes_stays(few):
+    model, largest, first = small_net(), [], []
+
+    def note(module, inputs):
+        first.append(module[1].weight.detach().clone())
+
+    def change(module):
+        assert module is model
+        largest.append(module[3].weight.abs().max().item())
+        with torch.no_grad():
+            module[1].weight.fill_(0.25 / len(largest))
+
+    model.register_forward_pre_hook(note)
+    train(model, few, replace(SMALL, epochs=1, lr=5.0), after_step=change)
+    assert largest == [1.0] * 5
+    for step in range(1, 5):
+        assert torch.equal(first[step], torch.full((16, 64), 0.25 / step))
 
 
 # ---------------------------------------------------------------- what a training does
@@ -269,6 +335,9 @@ def test_resuming_a_finished_run_gives_its_result(few, tmp_path):
         (dict(epochs=7), "epochs 3 there, 7 here"),
         (dict(optimizer="sgd"), "optimizer 'adam' there, 'sgd' here"),
         (dict(seed=1), "seed 0 there, 1 here"),
+        (dict(damage_rate=0.1), "damage_rate 0.0 there, 0.1 here"),
+        (dict(damage_below=1.0), "damage_below 1.75 there, 1.0 here"),
+        (dict(loss="margin"), "loss 'cross-entropy' there, 'margin' here"),
     ],
 )
 def test_another_run_is_not_resumed(few, tmp_path, change, named):
@@ -279,6 +348,25 @@ def test_another_run_is_not_resumed(few, tmp_path, change, named):
     message = str(caught.value)
     assert named in message and "last.pt" in message and "\n" not in message
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_run_of_before_there_were_errors_is_resumed(few, tmp_path):
+    model, again = network(), network(seed=6)
+    train(model, few, SMALL, folder=tmp_path / "whole")
+
+    def stop(row):
+        if row["epoch"] == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(network(), few, SMALL, folder=tmp_path, on_epoch=stop)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    recipe = ["epochs", "batch_size", "lr", "weight_decay", "optimizer", "precision", "seed"]
+    assert list(state["identity"]) == ["network", *model.config, "dataset", "train_images", *recipe]
+    del state["damaging"], state["best"]["damaging"], state["best"]["epoch"]
+    torch.save(state, tmp_path / "last.pt")
+    train(again, few, SMALL, folder=tmp_path, resume=True)
+    assert same_state(again, model)
 
 
 def test_another_network_or_data_set_is_not_resumed(few, digits, tmp_path):
@@ -333,6 +421,349 @@ def test_without_a_folder_nothing_is_written(few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(small_net(), few, replace(SMALL, epochs=1))
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- errors
+
+
+def bits(weight):
+    return weight.detach().clone().view(torch.int32)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["vgg_cifar10_binary", "resnet_binary"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_flipped_weights_change_their_sign_alone_and_come_back(name, probability, layout):
+    model = network(name=name).to(memory_format=layout)
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, 1.5, 1e-40, -1e-40])  # 1e-40 has no more than a few bits left
+    with torch.no_grad():
+        for weight in binarized_weights(model).values():
+            index = torch.unravel_index(torch.arange(min(7, weight.numel())), weight.shape)
+            weight[index] = special[: weight.numel()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    before = {key: (weight.detach().clone(), weight.stride()) for key, weight in binarized_weights(model).items()}
+    for error in (None, Stopped, KeyboardInterrupt):
+        try:
+            with flipped_weights(model, probability, np.random.default_rng(0)) as count:
+                counted = 0
+                for key, weight in binarized_weights(model).items():
+                    old = before[key][0]
+                    changed = (weight >= 0) != (old >= 0)
+                    counted += int(changed.sum())
+                    assert torch.equal(bits(weight[~changed]), bits(old[~changed]))
+                    assert torch.equal(weight.abs() <= 1, old.abs() <= 1)
+                    assert torch.equal(weight[changed & (old != 0)], -old[changed & (old != 0)])
+                    assert weight[changed & (old == 0)].abs().le(1e-37).all()
+                assert counted == count
+                others = {key: value for key, value in model.state_dict().items() if key not in before}
+                assert all(torch.equal(value, state[key]) for key, value in others.items())
+                if error is not None:
+                    raise error
+        except (Stopped, KeyboardInterrupt):
+            pass
+        total = sum(weight.numel() for weight, _ in before.values())
+        low, high = stats.binom.interval(1 - 1e-6, total, probability) if 0 < probability < 1 else 2 * (count,)
+        assert low <= count <= high and (0 < probability < 1 or count == probability * total)
+        for key, weight in binarized_weights(model).items():
+            assert torch.equal(bits(weight), bits(before[key][0])) and weight.stride() == before[key][1]
+
+
+def test_flipped_weights_names_what_is_wrong():
+    model = small_net()
+    before = bits(model[1].weight)
+    with (
+        pytest.raises(ValueError, match=r"probability must lie in \[0, 1\], got 1.5"),
+        flipped_weights(model, 1.5, np.random.default_rng(0)),
+    ):
+        pass
+    assert torch.equal(bits(model[1].weight), before)
+
+
+def test_a_weight_that_two_layers_share_comes_back():
+    first, second = BinarizeLinear(16, 16), BinarizeLinear(16, 16)
+    second.weight = first.weight
+    before = bits(first.weight)
+    with flipped_weights(nn.Sequential(first, second), 0.7, np.random.default_rng(0)):
+        assert not torch.equal(bits(first.weight), before)
+    assert torch.equal(bits(first.weight), before)
+
+
+def recording(model):
+    """Note the parameters and the input of every forward pass in training mode."""
+    passes = []
+
+    def note(module, inputs):
+        if module.training:
+            parameters = {name: value.detach().clone() for name, value in module.named_parameters()}
+            passes.append((parameters, inputs[0].clone()))
+
+    model.register_forward_pre_hook(note)
+    return passes
+
+
+def by_definition(loss, logits, labels):
+    """The recipe's loss, written out."""
+    if loss == "cross-entropy":
+        return (logits.exp().sum(1).log() - logits[range(len(labels)), labels]).mean()
+    y = torch.full_like(logits, -1.0)
+    y[range(len(labels)), labels] = 1.0
+    return torch.maximum(torch.zeros(()), 1.5 - y * logits).mean()
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "margin"])
+def test_a_step_averages_the_clean_and_the_damaged_gradient(few, loss):
+    plain = replace(few, padding=0, flip=False)
+    label_of = dict(zip((x.numpy().tobytes() for x in plain.train[:][0]), plain.train.labels.tolist()))
+    model = small_net()
+    passes, counts, losses = recording(model), [], []
+
+    def differentiated(parameters, x):
+        labels = torch.tensor([label_of[image.numpy().tobytes()] for image in x])
+        twin = small_net().train()
+        twin.load_state_dict(parameters, strict=False)
+        value = by_definition(loss, twin(x), labels)
+        value.backward()
+        return value.item(), {name: parameter.grad for name, parameter in twin.named_parameters()}
+
+    def check(module):
+        clean, x = passes[0]
+        done = [differentiated(clean, x)]
+        if len(passes) > 1:
+            damaged, again = passes[1]
+            assert torch.equal(x, again)
+            by_hand = dict(clean)
+            for name in ("1.weight", "3.weight"):
+                changed = (damaged[name] >= 0) != (clean[name] >= 0)
+                by_hand[name] = torch.where(changed, -clean[name], clean[name])
+            assert all(torch.equal(by_hand[name], damaged[name]) for name in clean)
+            done.append(differentiated(by_hand, x))
+        for name, parameter in module.named_parameters():
+            expected = sum(gradient[name] for _, gradient in done) / len(done)
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-7)
+        counts.append(len(passes))
+        losses.append(np.mean([value for value, _ in done]))
+        passes.clear()
+
+    rows = []
+    recipe = replace(WITH_ERRORS, loss=loss, margin=1.5)
+    history = train(
+        model, plain, recipe, after_step=check, on_epoch=lambda row: rows.append(evaluate(model, plain.validation))
+    )
+    assert counts == [1] * 5 + [2] * 10
+    assert history.train_loss.to_numpy() == pytest.approx(np.mean(np.reshape(losses, (3, 5)), axis=1), rel=1e-5)
+    assert history.validation_loss.tolist() == [row.loss for row in rows]
+
+
+def test_errors_are_binomial_and_new_in_every_step(few):
+    model = small_net()
+    passes, flips = recording(model), []
+
+    def count(_):
+        if len(passes) > 1:
+            (clean, _), (damaged, _) = passes
+            pairs = [(clean[name] >= 0, damaged[name] >= 0) for name in ("1.weight", "3.weight")]
+            flips.append(torch.cat([(old != new).flatten() for old, new in pairs]).numpy())
+        passes.clear()
+
+    train(model, few, replace(WITH_ERRORS, epochs=41), after_step=count)
+    flips = np.array(flips)
+    assert flips.shape == (200, 64 * 16 + 16 * 10)
+    low, high = stats.binom.interval(1 - 1e-6, flips.size, 0.1)
+    assert low <= flips.sum() <= high
+    assert stats.chisquare(flips.sum(0)).pvalue > 1e-6  # each weight as often as any other
+    assert len(np.unique(flips, axis=0)) == 200
+
+
+def test_errors_start_below_the_threshold_and_stay(few):
+    expected = train(small_net(), few, replace(SMALL, epochs=6)).train_loss
+    assert expected[1] < expected[0]
+    threshold = float(expected[1]) * (1 + 1e-9)
+    model, ends, steps = small_net(), [], []
+    passes = recording(model)
+
+    def ruin(module):
+        steps.append(1)
+        if len(steps) > 10:
+            with torch.no_grad():
+                module[3].weight.fill_(1.0)
+                module[3].bias.copy_(20 * torch.arange(10))
+
+    recipe = replace(SMALL, epochs=6, damage_rate=0.1, damage_below=threshold)
+    history = train(model, few, recipe, after_step=ruin, on_epoch=lambda _: ends.append(len(passes)))
+    assert np.diff(ends, prepend=0).tolist() == [5, 5, 10, 10, 10, 10]
+    assert history.train_loss[:2].tolist() == expected[:2].tolist()
+    assert history.validation_loss[2:].min() > threshold  # the loss has gone up, the errors go on
+
+
+def test_a_loss_that_stays_high_trains_without_errors(few):
+    models = [network() for _ in range(2)]
+    recipes = [SMALL, replace(SMALL, damage_rate=0.1, damage_below=1e-3)]
+    histories = [without_time(train(model, few, recipe)) for model, recipe in zip(models, recipes)]
+    pd.testing.assert_frame_equal(*histories, check_exact=True)
+    assert same_state(*models)
+
+
+def test_the_threshold_is_in_nats_whatever_is_trained(few):
+    model = small_net()
+    passes = recording(model)
+    history = train(model, few, replace(WITH_ERRORS, epochs=2, loss="margin", margin=1000.0))
+    assert history.train_loss.min() > WITH_ERRORS.damage_below
+    assert len(passes) == 5 + 10
+
+
+def test_running_statistics_are_of_the_clean_network(few):
+    model, twin = small_net(), small_net().train()
+    passes, steps = recording(model), []
+
+    def check(module):
+        parameters, x = passes[0]
+        twin.load_state_dict(parameters, strict=False)  # its own running statistics stay
+        twin(x)
+        ours, theirs = dict(module.named_buffers()), dict(twin.named_buffers())
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert module[2].track_running_stats
+        steps.append(len(passes))
+        passes.clear()
+
+    train(model, few, WITH_ERRORS, after_step=check)
+    assert steps == [1] * 5 + [2] * 10
+
+
+def test_an_interrupted_step_gives_everything_back(few):
+    class Interrupted(nn.BatchNorm1d):
+        latent = None
+
+        def forward(self, x):
+            if not self.track_running_stats:
+                raise KeyboardInterrupt
+            if self.training:
+                self.latent = [bits(weight) for weight in binarized_weights(model).values()]
+            return super().forward(x)
+
+    model = small_net()
+    model[2] = Interrupted(16)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, few, WITH_ERRORS)
+    assert all(torch.equal(bits(w), old) for w, old in zip(binarized_weights(model).values(), model[2].latent))
+    assert model[2].track_running_stats and int(model[2].num_batches_tracked) == 5 + 1
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "margin"])
+def test_resume_with_errors_equals_no_interruption(few, tmp_path, loss):
+    recipe = replace(WITH_ERRORS, epochs=5, lr=5e-2, seed=3, loss=loss)
+    whole, without = network(), network()
+    expected = train(whole, few, recipe, folder=tmp_path / "whole")
+    train(without, few, replace(recipe, damage_rate=0.0))
+    assert not same_state(whole, without)
+
+    def stop(row):
+        if row["epoch"] in (1, 3):
+            raise Stopped
+
+    for resume in (False, True):
+        with pytest.raises(Stopped):
+            train(network(), few, recipe, folder=tmp_path / "parts", resume=resume, on_epoch=stop)
+    model = network(seed=9)
+    history = train(model, few, recipe, folder=tmp_path / "parts", resume=True)
+    pd.testing.assert_frame_equal(without_time(history), without_time(expected), check_exact=True)
+    assert history.attrs == expected.attrs
+    assert same_state(model, whole)
+
+
+def test_an_epoch_with_errors_is_better_than_any_without(few):
+    steps = []
+
+    def ruin(module):
+        steps.append(1)
+        if len(steps) > 5:
+            with torch.no_grad():
+                module[3].weight.fill_(1.0)
+
+    for rate, best in ((0.1, 2), (0.0, 1)):
+        steps.clear()
+        model, kept = small_net(), []
+        history = train(
+            model,
+            few,
+            replace(WITH_ERRORS, epochs=2, damage_rate=rate),
+            after_step=ruin,
+            on_best=lambda _, row, kept=kept: kept.append(row["epoch"]),
+        )
+        assert history.validation_accuracy[1] < history.validation_accuracy[0]
+        assert history.attrs["best_epoch"] == kept[-1] == best
+        assert evaluate(model, few.validation).accuracy == history.validation_accuracy[best - 1]
+
+
+def test_errors_in_bfloat16(few):
+    model = network()
+    history = train(model, few, replace(WITH_ERRORS, precision="bfloat16"))
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert np.isfinite(history.train_loss).all()
+
+
+def damaged_accuracy(model, images, probability, trials):
+    """The mean over trials, with the errors drawn by torch and the weights replaced: another way than the library's."""
+    generator, accuracies = torch.Generator().manual_seed(0), []
+    for _ in range(trials):
+        damaged = copy.deepcopy(model)
+        with torch.no_grad():
+            for weight in binarized_weights(damaged).values():
+                stored = torch.where(weight >= 0, 1.0, -1.0)
+                weight.copy_(torch.where(torch.rand(weight.shape, generator=generator) < probability, -stored, stored))
+        accuracies.append(evaluate(damaged, images).accuracy)
+    return np.mean(accuracies)
+
+
+def test_training_with_errors_survives_errors(digits):
+    gains = []
+    for seed in range(3):
+        accuracy = {}
+        for rate in (0.0, 0.04):
+            model = network(seed, width=1 / 24)
+            train(model, digits, Recipe(epochs=8, batch_size=64, lr=1e-2, seed=seed, damage_rate=rate), progress=False)
+            accuracy[rate] = damaged_accuracy(model, digits.test, 0.04, trials=10)
+        gains.append(accuracy[0.04] - accuracy[0.0])
+    gain, half = mean_interval(gains)
+    assert gain - half > 0, (gain, half)
+
+
+# ---------------------------------------------------------------- the margin loss
+
+
+@given(st.integers(1, 5), st.integers(2, 6), st.floats(0.1, 4), st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_margin_loss_and_its_gradient(images, classes, margin, seed):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(0, 2, (images, classes)), rng.integers(0, classes, images)
+
+    def by_hand(f):
+        terms = [
+            max(0.0, margin - (f[i, c] if c == labels[i] else -f[i, c])) for i in range(images) for c in range(classes)
+        ]
+        return sum(terms) / len(terms)
+
+    x = torch.tensor(logits, requires_grad=True)
+    loss = margin_loss(x, torch.tensor(labels), margin)
+    loss.backward()
+    assert loss.item() == pytest.approx(by_hand(logits), abs=1e-12)
+    step = 1e-6
+    for index in np.ndindex(images, classes):
+        if abs(abs(logits[index]) - margin) > 2 * step:  # no slope at the kink
+            away = np.zeros_like(logits)
+            away[index] = step
+            slope = (by_hand(logits + away) - by_hand(logits - away)) / (2 * step)
+            assert x.grad[index].item() == pytest.approx(slope, abs=1e-6)
+
+
+def test_training_for_margins_learns_and_widens_them(digits):
+    reached = {}
+    for loss in ("cross-entropy", "margin"):
+        model = network(width=1 / 24)
+        history = train(model, digits, Recipe(epochs=8, batch_size=64, lr=1e-2, loss=loss))
+        assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
+        assert history.validation_accuracy.max() > 0.5
+        reached[loss] = margin_loss(predict(model, digits.validation), digits.validation.labels, Recipe().margin)
+    assert reached["margin"] < reached["cross-entropy"]
 
 
 # ---------------------------------------------------------------- evaluation
