@@ -55,11 +55,10 @@ def pack_signs(x: Tensor) -> NDArray[np.uint64]:
     Returns:
         uint64 words (..., ceil(n / 64)); element i is bit i % 64 of word i // 64, unused bits are 0.
     """
-    ones = (x >= 0).cpu().numpy()
-    unused = -ones.shape[-1] % WORD
-    padded = np.pad(ones, [(0, 0)] * (ones.ndim - 1) + [(0, unused)])
-    packed = np.packbits(padded, axis=-1, bitorder="little")
-    return np.ascontiguousarray(packed).view("<u8").astype(np.uint64, copy=False)
+    packed = np.packbits((x >= 0).cpu().numpy(), axis=-1, bitorder="little")
+    padded = np.zeros((*packed.shape[:-1], -(-x.shape[-1] // WORD) * WORD // 8), np.uint8)
+    padded[..., : packed.shape[-1]] = packed
+    return padded.view("<u8").astype(np.uint64, copy=False)
 
 
 def unpack_signs(words: NDArray[np.uint64], n: int) -> Tensor:

@@ -110,7 +110,8 @@ class PackedLayer(nn.Module):
     def _panels(self, words: NDArray[np.uint64]) -> Tensor:
         """Lay words (taps, channels, words) out as the kernel reads them."""
         taps, _, count = words.shape
-        padded = np.pad(words.transpose(1, 0, 2), [(0, -self.channels % PANEL), (0, 0), (0, 0)])
+        padded = np.zeros((-(-self.channels // PANEL) * PANEL, taps, count), np.uint64)
+        padded[: self.channels] = words.transpose(1, 0, 2)
         panels = padded.reshape(-1, PANEL, taps * count).transpose(0, 2, 1)
         return torch.from_numpy(np.ascontiguousarray(panels).view(np.int64))
 
@@ -128,10 +129,11 @@ class PackedLayer(nn.Module):
         decide as they do in the float network.
         """
         largest = self.inputs * self.kernel**2
+        mean, variance, scale, shift, eps = _statistics(norm)
 
         def positive(integers: Tensor) -> Tensor:
-            sums = integers.float()
-            return _normalized(norm, sums if bias is None else sums + bias.detach()) >= 0
+            sums = integers.float() if bias is None else integers.float() + bias.detach()
+            return functional.batch_norm(sums[None], mean, variance, scale, shift, False, 0.0, eps)[0] >= 0
 
         low, high = torch.full((self.channels,), -largest), torch.full((self.channels,), largest)
         at_high = positive(high)
@@ -267,12 +269,6 @@ def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]
     weight = ones if norm.weight is None else norm.weight.detach()
     bias = 0 * ones if norm.bias is None else norm.bias.detach()
     return norm.running_mean, norm.running_var, weight, bias, norm.eps
-
-
-def _normalized(norm: nn.Module, x: Tensor) -> Tensor:
-    """Return BatchNorm in evaluation mode of one number a channel."""
-    mean, variance, weight, bias, eps = _statistics(norm)
-    return functional.batch_norm(x[None], mean, variance, weight, bias, False, 0.0, eps)[0]
 
 
 class PackedModel(nn.Module):
