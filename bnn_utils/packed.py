@@ -277,7 +277,9 @@ class PackedModel(nn.Module):
     It computes on the CPU, with torch's number of threads. Its layers bear the names of the float network's.
     """
 
-    pixels = 1 << 14  # of the images that go through together: fewer are slower, and more leave the caches
+    # How many images go through together: as many as keep what the first layer puts out, in numbers, within the
+    # caches, but at least so many that the calls themselves do not show.
+    images, numbers = 16, 3 << 16
 
     def __init__(self, model: BinarizedVGG | BinarizedResNet):
         super().__init__()
@@ -294,7 +296,9 @@ class PackedModel(nn.Module):
                 "a packed network wants float32 images (batch, channels, height, width) on the CPU, "
                 f"got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-        chunks = max(1, min(len(x), -(-x[:, 0].numel() // self.pixels)))
+        channels = next(module.channels for module in self.modules() if isinstance(module, PackedLayer))
+        together = max(self.images, self.numbers // (channels * max(1, x[:1, 0].numel())))
+        chunks = max(1, -(-len(x) // together))
         parts = x.detach().tensor_split(chunks)
         threads = min(torch.get_num_threads(), chunks)
         if threads == 1:
