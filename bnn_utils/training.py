@@ -456,19 +456,22 @@ class Job:
     recipe: Recipe
 
 
-def _train_job(job: Job, data: Dataset) -> pd.DataFrame:
+def _train_job(job: Job, data: Dataset) -> tuple[nn.Module, pd.DataFrame]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums depend on how they are split, so here and in a worker alike
+    model = copy.deepcopy(job.model)
     try:
-        history = train(copy.deepcopy(job.model), data, job.recipe, progress=False)
+        history = train(model, data, job.recipe, progress=False)
     finally:
         torch.set_num_threads(threads)
     for position, (name, value) in enumerate(job.columns.items()):
         history.insert(position, name, value)
-    return history
+    return model, history
 
 
-def train_many(jobs: Sequence[Job], data: Dataset, workers: int = 2) -> pd.DataFrame:
+def train_many(
+    jobs: Sequence[Job], data: Dataset, workers: int = 2, models: list[nn.Module] | None = None
+) -> pd.DataFrame:
     """Train many small networks, several at a time, and return all their histories as one table.
 
     Each training computes with one thread, so that the result does not depend on the number of workers. The
@@ -478,6 +481,7 @@ def train_many(jobs: Sequence[Job], data: Dataset, workers: int = 2) -> pd.DataF
         jobs: the trainings; network, columns and data travel to the workers, so keep them small.
         data: for all of them; on a GPU they run one after another, whatever `workers` says.
         workers: processes, at least 1; 1 trains in this one.
+        models: a list to which the trained networks are added, in the order of `jobs`; None drops them.
 
     Returns:
         The job's columns, then those of `train`; a row a job and epoch, in the order of `jobs`.
@@ -495,5 +499,10 @@ def train_many(jobs: Sequence[Job], data: Dataset, workers: int = 2) -> pd.DataF
     if data.train.labels.device.type != "cpu":
         workers = 1
     parallel = joblib.Parallel(n_jobs=min(workers, len(jobs)), return_as="generator")
-    histories = parallel(joblib.delayed(_train_job)(job, data) for job in jobs)
-    return pd.concat(progress_bar(histories, total=len(jobs), desc="trainings"), ignore_index=True)
+    trained = parallel(joblib.delayed(_train_job)(job, data) for job in jobs)
+    histories = []
+    for model, history in progress_bar(trained, total=len(jobs), desc="trainings"):
+        histories.append(history)
+        if models is not None:
+            models.append(model)
+    return pd.concat(histories, ignore_index=True)

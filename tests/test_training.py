@@ -866,6 +866,21 @@ def test_train_many_is_the_trainings_one_by_one(few, capfd):
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_train_many_hands_over_the_trained_networks(few, workers):
+    models = []
+    train_many(jobs(), few, workers=workers, models=models)
+    for job, model in zip(jobs(), models, strict=True):
+        alone = job.model
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            train(alone, few, job.recipe)
+        finally:
+            torch.set_num_threads(threads)
+        assert same_state(model, alone) and not model.training
+
+
 def test_train_many_leaves_the_networks_as_they_are(few):
     job = jobs()[0]
     train_many([job], few, workers=1)
