@@ -157,7 +157,11 @@ def damage_curves(table: pd.DataFrame, value: str = "accuracy", clean: pd.DataFr
         first.set(ylabel="accuracy (%)", ylim=(0, 100))
     else:
         first.set(ylabel="cross-entropy loss (nats)", yscale="log")
-    first.legend(loc="lower left" if value == "accuracy" else "upper left", fontsize=9)
+    if table["repair"].nunique() > 3:  # no corner holds them all
+        handles, texts = first.get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside right center", fontsize=9)
+    else:
+        first.legend(loc="lower left" if value == "accuracy" else "upper left", fontsize=9)
     return figure
 
 

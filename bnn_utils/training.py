@@ -449,11 +449,13 @@ class Job:
         columns: what tells it from the others, as the table's columns: {"last": "none", "seed": 0}.
         model: the network, untrained, on the device of the data.
         recipe: how it is trained.
+        after_step: see `train`; it travels to the worker as it is.
     """
 
     columns: dict[str, Any]
     model: nn.Module
     recipe: Recipe
+    after_step: Callable[[nn.Module], None] | None = None
 
 
 def _train_job(job: Job, data: Dataset) -> tuple[nn.Module, pd.DataFrame]:
@@ -461,7 +463,7 @@ def _train_job(job: Job, data: Dataset) -> tuple[nn.Module, pd.DataFrame]:
     torch.set_num_threads(1)  # sums depend on how they are split, so here and in a worker alike
     model = copy.deepcopy(job.model)
     try:
-        history = train(model, data, job.recipe, progress=False)
+        history = train(model, data, job.recipe, after_step=job.after_step, progress=False)
     finally:
         torch.set_num_threads(threads)
     for position, (name, value) in enumerate(job.columns.items()):

@@ -231,6 +231,16 @@ def test_damage_curves_accuracy(trials):
         close(line(axis, "undamaged")[1], [level, level])
 
 
+def test_damage_curves_of_many_repairs_have_their_legend_outside():
+    table = pd.concat([campaign(3).assign(repair=repair) for repair in ("none", "clip", "range", "vote")])
+    axes = finished(plotting.damage_curves(table, "accuracy"))
+    (legend,) = axes[0].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        plotting.label(repair) for repair in ("none", "clip", "range", "vote")
+    ]
+    assert all(axis.get_legend() is None for axis in axes)
+
+
 def test_damage_curves_loss_with_trials_that_are_not_finite():
     table = campaign(9)
     first = (table["network"] == NETWORKS[0]) & (table["repair"] == "none") & (table["probability"] == 1e-2)

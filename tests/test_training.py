@@ -881,6 +881,18 @@ def test_train_many_hands_over_the_trained_networks(few, workers):
         assert same_state(model, alone) and not model.training
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_train_many_calls_after_every_step(few, workers):
+    def freeze(model):
+        with torch.no_grad():
+            for weight in binarized_weights(model).values():
+                weight.fill_(0.5)
+
+    models = []
+    train_many([replace(job, after_step=freeze) for job in jobs()], few, workers=workers, models=models)
+    assert all((weight == 0.5).all() for model in models for weight in binarized_weights(model).values())
+
+
 def test_train_many_leaves_the_networks_as_they_are(few):
     job = jobs()[0]
     train_many([job], few, workers=1)
