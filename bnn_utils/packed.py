@@ -140,7 +140,7 @@ class PackedLayer(nn.Module):
         for _ in range(
             largest.bit_length() + 1
         ):  # `high` has the sign of the largest integer, what is below `low` has not
-            middle = torch.div(low + high, 2, rounding_mode="floor")
+            middle = (low + high) >> 1
             reached = positive(middle) == at_high
             low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
         short = largest <= torch.iinfo(torch.int16).max
