@@ -137,9 +137,8 @@ class PackedLayer(nn.Module):
 
         low, high = torch.full((self.channels,), -largest), torch.full((self.channels,), largest)
         at_high = positive(high)
-        for _ in range(
-            largest.bit_length() + 1
-        ):  # `high` has the sign of the largest integer, what is below `low` has not
+        # `high` has the sign of the largest integer, what is below `low` has not.
+        for _ in range(largest.bit_length() + 1):
             middle = (low + high) >> 1
             reached = positive(middle) == at_high
             low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
