@@ -930,6 +930,51 @@ def trial_spread(table: pd.DataFrame, coverage: pd.DataFrame) -> Figure:
     return figure
 
 
+def accuracy_against_bits(table: pd.DataFrame) -> Figure:
+    """Draw accuracy against the bits that memory holds: a point a repair and storage, with 95% intervals over trials.
+
+    Args:
+        table: a row a trial, columns network, storage, repair, bits and accuracy.
+    """
+    networks, repairs = list(table["network"].unique()), list(table["repair"].unique())
+    size = (3.7 * len(networks) + 0.4, 4.0)
+    figure, axes = plt.subplots(1, len(networks), figsize=size, sharey=True, squeeze=False)
+    for axis, network in zip(axes[0], networks):
+        for index, repair in enumerate(repairs):
+            own = table[(table["network"] == network) & (table["repair"] == repair)]
+            means = intervals(own, ["storage", "bits"], "accuracy")
+            style: Any = dict(fmt="osD^vP*"[index % 7], color=color(repair, index), capsize=3, label=label(repair))
+            axis.errorbar(means["bits"], 100 * means["accuracy"], 100 * means["accuracy_half"], **style)
+        for storage, own in table[table["network"] == network].groupby("storage", sort=False):
+            middle = np.exp(np.log(own["bits"].unique()).mean())
+            axis.text(middle, 1.01, str(storage), transform=axis.get_xaxis_transform(), ha="center", fontsize=8)
+        axis.set(xscale="log", xlabel="stored bits", title=label(network), ylim=(0, 100))
+        axis.title.set_position((0.5, 1.08))
+    axes[0, 0].set(ylabel="accuracy (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def trained_for_errors(table: pd.DataFrame) -> Figure:
+    """Draw accuracy against bit error probability by training: means over networks with 95% intervals, and clean ones.
+
+    Args:
+        table: a row a network and probability, columns training, seed, probability (0 is undamaged) and accuracy.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    places = sorted(table["probability"].unique())
+    trainings = list(table["training"].unique())
+    for index, training in enumerate(trainings):
+        means = intervals(table[table["training"] == training], ["probability"], "accuracy")
+        x = [places.index(p) + 0.08 * (index - (len(trainings) - 1) / 2) for p in means["probability"]]
+        style: Any = dict(fmt="osD^v"[index % 5] + "-", color=f"C{index}", capsize=3, lw=1.0, label=training)
+        axis.errorbar(x, 100 * means["accuracy"], 100 * means["accuracy_half"], **style)
+    axis.set_xticks(range(len(places)), [f"{p:g}" if p else "none" for p in places])
+    axis.set(xlabel="bit error probability of the weights", ylabel="accuracy (%)")
+    axis.legend(fontsize=9)
+    return figure
+
+
 def speed(table: pd.DataFrame) -> Figure:
     """Draw images per second of runtimes, a panel a network; lines lead from the median to the best turn.
 

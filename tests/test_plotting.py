@@ -676,6 +676,44 @@ def test_trial_spread():
         close(y, 95 - 100 / np.array([3, 10, 30]))
 
 
+def test_accuracy_against_bits():
+    rng = np.random.default_rng(30)
+    rows = product(NETWORKS, [("packed", 10), ("float32", 320)], [("none", 1), ("vote", 3)], range(4))
+    table = pd.DataFrame(
+        [
+            dict(network=network, storage=storage, bits=bits * factor, repair=repair, trial=trial)
+            for network, (storage, bits), (repair, factor), trial in rows
+        ]
+    )
+    table["accuracy"] = rng.uniform(0.2, 0.9, len(table))
+    axes = finished(plotting.accuracy_against_bits(table))
+    for axis, network in zip(axes, NETWORKS):
+        assert axis.get_title() == plotting.label(network) and axis.get_xscale() == "log"
+        assert texts(axis) == ["packed", "float32"]
+        for repair, factor in (("none", 1), ("vote", 3)):
+            x, y, low, high = bars(axis, plotting.label(repair))
+            own = table[(table["network"] == network) & (table["repair"] == repair)]
+            groups = [group for _, group in own.groupby("bits")["accuracy"]]
+            close(x, [10 * factor, 320 * factor])
+            close(y, [100 * group.mean() for group in groups])
+            close(high - low, [200 * half(group) for group in groups])
+
+
+def test_trained_for_errors():
+    rng = np.random.default_rng(31)
+    rows = product(["plain", "errors"], (0.0, 0.01, 0.1), range(3))
+    table = pd.DataFrame(rows, columns=["training", "probability", "seed"])
+    table["accuracy"] = rng.uniform(0.2, 0.9, len(table))
+    (axis,) = finished(plotting.trained_for_errors(table))
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["none", "0.01", "0.1"]
+    for training in ("plain", "errors"):
+        x, y, low, high = bars(axis, training)
+        groups = [group for _, group in table[table["training"] == training].groupby("probability")["accuracy"]]
+        assert [round(place) for place in x] == [0, 1, 2]
+        close(y, [100 * group.mean() for group in groups])
+        close(high - low, [200 * half(group) for group in groups])
+
+
 def test_speed():
     rows = [
         dict(network=network, width=1.0, batch=batch, runtime=runtime, images_per_second=median)
