@@ -79,7 +79,7 @@ def test_run_and_publish(course):
     assert counts == [1, 2, None, 3]
     assert executed.cells[2].outputs[0].text == "1 notebooks\n"
     row = (course / "executed/quick/run.csv").read_text().splitlines()[1].split(",")
-    assert (row[0], row[2], row[3]) == ("01_line.ipynb", "3", "1")
+    assert (row[0], row[3], row[4]) == ("01_line.ipynb", "3", "1")
 
     stale = course / "figures/published/quick/01-old.png"
     stale.parent.mkdir(parents=True)
@@ -117,13 +117,44 @@ def test_a_bad_cell_stops_the_run(tmp_path, source, said):
     path = save(tmp_path, "02_bad.ipynb", "1", source, "2")
     save(tmp_path, "03_after.ipynb", "1")
     before = path.read_bytes()
-    for name in ("run", "publish"):
-        done = command(tmp_path, name, "02", "03")
+    for words in (("run", "--jobs", "1"), ("publish",)):
+        done = command(tmp_path, *words, "02", "03")
         assert done.returncode == 1
         assert done.stderr.startswith(f"02_bad.ipynb stopped at cell 3: {source.splitlines()[0]}\n")
         assert said in done.stderr and len(done.stderr.splitlines()) == 2
         assert not (tmp_path / "executed/quick/03_after.ipynb").exists()
     assert path.read_bytes() == before and not (tmp_path / "figures/published").exists()
+
+
+MEET = """\
+import time
+from pathlib import Path
+Path("{own}").touch()
+deadline = time.monotonic() + 60
+while not Path("{other}").exists():
+    assert time.monotonic() < deadline, "{other} never came"
+    time.sleep(0.05)"""
+
+
+def test_notebooks_run_together(tmp_path):
+    save(tmp_path, "01_first.ipynb", MEET.format(own="one", other="two"))
+    save(tmp_path, "02_second.ipynb", MEET.format(own="two", other="one"))
+    done = command(tmp_path, "run", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    assert "2 at a time" in done.stdout
+    table = (tmp_path / "executed/quick/run.csv").read_text().splitlines()
+    assert table[0] == "notebook,began,seconds,cells,figures"
+    assert [row.split(",")[0] for row in table[1:]] == ["01_first.ipynb", "02_second.ipynb"]
+
+
+def test_a_bad_cell_stops_the_others_too(tmp_path):
+    save(tmp_path, "01_long.ipynb", MEET.format(own="one", other="two"), *["import time\ntime.sleep(1)"] * 60)
+    save(tmp_path, "02_bad.ipynb", MEET.format(own="two", other="one"), "1 / 0")
+    save(tmp_path, "03_after.ipynb", "from pathlib import Path\nPath('ran').touch()")
+    done = command(tmp_path, "run", "--jobs", "2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("02_bad.ipynb stopped at cell 3: 1 / 0\n") and len(done.stderr.splitlines()) == 2
+    assert not list(tmp_path.glob("executed/quick/*.ipynb")) and not (tmp_path / "notebooks/ran").exists()
 
 
 def test_publish_refuses_a_large_notebook(tmp_path):
@@ -139,6 +170,7 @@ def test_publish_refuses_a_large_notebook(tmp_path):
     [
         ["run", "07"],
         ["run", "--profile", "fast"],
+        ["run", "--jobs", "0"],
         ["publish", "nothing.ipynb"],
         ["badges", "--repository", "x"],
     ],

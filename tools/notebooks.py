@@ -1,13 +1,14 @@
 """Run the course's notebooks, publish their outputs, and point their links at the repository.
 
-    python tools/notebooks.py run     [--profile quick] [NOTEBOOK ...]
+    python tools/notebooks.py run     [--profile quick] [--jobs N] [NOTEBOOK ...]
     python tools/notebooks.py publish [--profile quick] [NOTEBOOK ...]
     python tools/notebooks.py readme
     python tools/notebooks.py badges  [--repository OWNER/NAME]
 
-`run` writes executed copies and figures into ignored folders. `publish` runs too, then writes what it got
-into tracked files: outputs and measured minutes into notebooks/, figures into figures/published/, and the
-marked sections of README.md (`readme` writes only these). A NOTEBOOK is a number, a name or a path.
+`run` writes executed copies and figures into ignored folders, several notebooks at a time. `publish` runs too, one
+notebook after another, then writes what it got into tracked files: outputs and measured minutes into notebooks/,
+figures into figures/published/, and the marked sections of README.md (`readme` writes only these). A NOTEBOOK is a
+number, a name or a path.
 """
 
 import argparse
@@ -20,7 +21,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,6 +71,10 @@ CITED = re.compile(rf'^(repository-code: "https://github\.com/){GITHUB}(")', re.
 TIME = re.compile(r"^\*\*Time:\*\*.*$", re.MULTILINE)
 
 
+class Cancelled(Exception):
+    """The end of a notebook's run because another one failed."""
+
+
 class Stop(Exception):
     """The end of a command: one short message, and the exit status."""
 
@@ -78,10 +85,11 @@ class Stop(Exception):
 
 @dataclass
 class Run:
-    """One executed notebook: where it came from, what it took and what it made."""
+    """One executed notebook: where it came from, when it began (`time.monotonic`), what it took and what it made."""
 
     source: Path
     notebook: Any
+    began: float
     seconds: float
     cells: int
     figures: int
@@ -161,22 +169,40 @@ def first_line(text: str) -> str:
 # ---------------------------------------------------------------- run
 
 
-def run_all(root: Path, profile: str, wanted: list[str], output: Path) -> list[Run]:
-    """Execute notebooks in order, write their executed copies, print a table; a failing cell stops it."""
+def run_all(root: Path, profile: str, wanted: list[str], output: Path, jobs: int = 1) -> list[Run]:
+    """Execute notebooks, `jobs` at a time, write their executed copies, print a table; a failing cell stops it all."""
     shutil.rmtree(networks_folder(output, profile), ignore_errors=True)  # what this run loads, this run has trained
     paths = find_notebooks(root, wanted)
-    runs = []
-    print(f"Running {count(len(paths), 'notebook')}, profile {profile}", flush=True)
-    for number, path in enumerate(paths, start=1):
-        run = execute(path, profile, output, f"[{number}/{len(paths)}] {path.name:<36}")
-        write(output / "executed" / profile / path.name, notebook_text(run.notebook))
-        runs.append(run)
-    report(runs, output, profile)
+    together = "" if min(jobs, len(paths)) == 1 else f", {jobs} at a time"
+    print(f"Running {count(len(paths), 'notebook')}, profile {profile}{together}", flush=True)
+    started, stopped = time.monotonic(), threading.Event()
+
+    def one(number: int, path: Path) -> Run:
+        try:
+            run = execute(path, profile, output, f"[{number}/{len(paths)}] {path.name:<36}", stopped)
+            write(output / "executed" / profile / path.name, notebook_text(run.notebook))
+            return run
+        except BaseException:
+            stopped.set()
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(one, number, path) for number, path in enumerate(paths, start=1)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # Ctrl-C too: what runs ends after its cell
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+    failures = [error for future in futures if not future.cancelled() and (error := future.exception())]
+    for failure in sorted(failures, key=lambda error: isinstance(error, Cancelled)):
+        raise failure  # the first that did not stop because another did
+    runs = [future.result() for future in futures]
+    report(runs, output, profile, started)
     return runs
 
 
-def execute(path: Path, profile: str, output: Path, label: str) -> Run:
-    """Execute one notebook in a fresh kernel, whatever outputs the file holds."""
+def execute(path: Path, profile: str, output: Path, label: str, stopped: threading.Event) -> Run:
+    """Execute one notebook in a fresh kernel, whatever outputs the file holds; give up once `stopped` is set."""
     notebook = read_notebook(path)
     cells = code_cells(notebook)
     for cell in notebook.cells:
@@ -198,6 +224,8 @@ def execute(path: Path, profile: str, output: Path, label: str) -> Run:
         # What cells write to stderr comes as output; the process's own is what worker pools say as they end.
         with client.setup_kernel(env=kernel_environment(profile, output), stderr=subprocess.DEVNULL):
             for done, (index, cell) in enumerate(cells):
+                if stopped.is_set():
+                    raise Cancelled
                 progress(f"{label} {done:>3}/{len(cells)} cells")
                 run_cell(client, index, cell, path.name)
     except BaseException:
@@ -207,7 +235,7 @@ def execute(path: Path, profile: str, output: Path, label: str) -> Run:
     progress(f"{label} {len(cells):>3}/{len(cells)} cells {seconds:7.1f} s", end="\n")
     if [cell.execution_count for _, cell in cells] != list(range(1, len(cells) + 1)):
         raise Stop(f"{path.name}: some cells were skipped, so the execution counts do not run 1..{len(cells)}")
-    return Run(path, notebook, seconds, len(cells), len(figures_of(output, profile, path)))
+    return Run(path, notebook, start, seconds, len(cells), len(figures_of(output, profile, path)))
 
 
 def run_cell(client: NotebookClient, index: int, cell: Any, name: str) -> None:
@@ -271,19 +299,18 @@ def progress(line: str, end: str = "") -> None:
         print(line, flush=True)
 
 
-def report(runs: list[Run], output: Path, profile: str) -> None:
-    """Print what was run, and write the same as executed/<profile>/run.csv."""
-    print(f"\n{'notebook':<36} {'seconds':>8} {'cells':>6} {'figures':>8}")
+def report(runs: list[Run], output: Path, profile: str, started: float) -> None:
+    """Print what was run, and write the same as executed/<profile>/run.csv; times are those since `started`."""
+    print(f"\n{'notebook':<36} {'began':>8} {'seconds':>8} {'cells':>6} {'figures':>8}")
+    rows = ["notebook,began,seconds,cells,figures\n"]
     for run in runs:
-        print(f"{run.source.name:<36} {run.seconds:8.1f} {run.cells:6d} {run.figures:8d}")
-    total = [
-        sum(run.seconds for run in runs),
-        sum(run.cells for run in runs),
-        sum(run.figures for run in runs),
-    ]
-    print(f"{'total':<36} {total[0]:8.1f} {total[1]:6d} {total[2]:8d}")
-    rows = [f"{run.source.name},{run.seconds:.1f},{run.cells},{run.figures}\n" for run in runs]
-    write(output / "executed" / profile / "run.csv", "notebook,seconds,cells,figures\n" + "".join(rows))
+        began = run.began - started
+        print(f"{run.source.name:<36} {began:8.1f} {run.seconds:8.1f} {run.cells:6d} {run.figures:8d}")
+        rows.append(f"{run.source.name},{began:.1f},{run.seconds:.1f},{run.cells},{run.figures}\n")
+    elapsed = max(run.began + run.seconds for run in runs) - started
+    cells, figures = sum(run.cells for run in runs), sum(run.figures for run in runs)
+    print(f"{'total':<45} {elapsed:8.1f} {cells:6d} {figures:8d}")
+    write(output / "executed" / profile / "run.csv", "".join(rows))
     print(f"\nExecuted copies: {output / 'executed' / profile}\nFigures:         {output / 'figures' / profile}")
 
 
@@ -512,6 +539,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{message}\n")
 
 
+def positive(word: str) -> int:
+    """A number from 1 on."""
+    number = int(word)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def arguments(words: list[str] | None) -> argparse.Namespace:
     """The command line's arguments."""
     parser = Parser(description="Run and publish the course's notebooks.")
@@ -519,6 +554,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute notebooks; tracked files stay as they are")
     run.add_argument("--output", type=Path, help="where executed/ and figures/ go (default: the repository)")
+    run.add_argument("--jobs", type=positive, help="notebooks at a time (default: 2 in the quick profile, else 1)")
     both = (run, commands.add_parser("publish", help="execute notebooks and write their outputs back"))
     for command in both:
         command.add_argument("--profile", choices=sorted(PROFILES), default="quick")
@@ -536,7 +572,8 @@ def main(words: list[str] | None = None) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Ctrl-C leaves tasks behind; that is no news
     try:
         if given.command == "run":
-            run_all(root, given.profile, given.notebooks, (given.output or root).resolve())
+            jobs = given.jobs or (min(2, os.cpu_count() or 1) if given.profile == "quick" else 1)
+            run_all(root, given.profile, given.notebooks, (given.output or root).resolve(), jobs)
         elif given.command == "publish":
             publish(root, given.profile, given.notebooks)
         elif given.command == "readme":
