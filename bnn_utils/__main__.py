@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--margin", type=float, default=defaults.margin, metavar="B", help=f"of the margin loss ({defaults.margin})"
     )
+    sub.add_argument("--start", metavar="CHECKPOINT", help="start from these weights instead of random ones")
     sub.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on with an interrupted run")
     sub.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
     sub.set_defaults(run=_train)
@@ -164,6 +165,8 @@ def _train(arguments: argparse.Namespace) -> None:
         in_channels=in_channels,
         input_size=size,
     )
+    if arguments.start and not resume:  # an interrupted run has weights of its own
+        model = _started(arguments.start, model)
     model = model.to(device).to(memory_format=torch.channels_last)
     facts: dict[str, Any] = dict(
         dataset=dataset.name,
@@ -173,6 +176,8 @@ def _train(arguments: argparse.Namespace) -> None:
         recipe=dataclasses.asdict(recipe),
         device=str(device),
     )
+    if arguments.start:
+        facts["start"] = Path(arguments.start).name
 
     def keep(network: nn.Module, row: dict[str, Any]) -> None:
         facts.update(epoch=row["epoch"], validation_accuracy=row["validation_accuracy"])
@@ -193,6 +198,16 @@ def _train(arguments: argparse.Namespace) -> None:
     print(f"best epoch {best['epoch']:.0f}: validation acc {best['validation_accuracy']:.4f}")
     print(f"test: {_described(tested)} on {len(dataset.test)} images of {dataset.name}")
     print(f"kept: {folder / BEST_FILE}")
+
+
+def _started(path: str, wanted: nn.Module) -> nn.Module:
+    """Return the network of a checkpoint, which must be of the name and the shape that is wanted."""
+    model, _ = checkpoints.load(path)
+    before, here = ({"network": network.name, **network.config} for network in (model, wanted))  # type: ignore[dict-item]
+    differing = [f"{key} {before.get(key)!r} there, {here[key]!r} here" for key in here if before.get(key) != here[key]]
+    if differing:
+        raise ValueError(f"{path}: is of another network: {'; '.join(differing)}")
+    return model
 
 
 def _print_epoch(row: dict[str, Any]) -> None:

@@ -353,6 +353,25 @@ def test_overwrite(tmp_path, capsys):
     assert checkpoints.load(tmp_path / "run/best.safetensors")[1]["recipe"]["epochs"] == 1
 
 
+def test_training_starts_from_a_checkpoint(best, tmp_path, capsys):
+    options = ["--results-dir", tmp_path, "--save", "further", "--epochs", 1, "--lr", 1e-9]
+    assert run([*TRAIN, *options, "--start", best]) == 0
+    latent, _ = checkpoints.load(best)
+    further, facts = checkpoints.load(tmp_path / "further/best.safetensors")
+    assert facts["start"] == "best.safetensors"
+    for before, after in zip(latent.parameters(), further.parameters(), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-6)  # so small a rate changes next to nothing
+    capsys.readouterr()
+
+    kept = tree(tmp_path)
+    for other, said in (("0.1", "width 0.05 there, 0.1 here"), ("0.05", "network 'vgg_cifar10_binary' there")):
+        wrong = [*DIGITS.replace("vgg_cifar10", "resnet" if other == "0.05" else "vgg_cifar10").split()]
+        assert run([*wrong, "--width", other, "--results-dir", tmp_path, "--save", "new", "--start", best]) == 2
+        printed = capsys.readouterr().err
+        assert said in printed and len(printed.splitlines()) == 1
+    assert tree(tmp_path) == kept
+
+
 def started(arguments, folder):
     return subprocess.Popen(
         [sys.executable, "-m", "bnn_utils", *map(str, arguments)],
