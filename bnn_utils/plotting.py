@@ -29,6 +29,7 @@ COLORS = {
     "secded-floats": "#CC79A7",
     "secded": "#882255",
     "vote-floats": "#E69F00",
+    "vote-range": "#332288",
     "vote": "#56B4E9",
 }
 LARGEST_LOSS = 1e39  # beyond any 32-bit float
@@ -41,6 +42,7 @@ LABELS = {
     "secded-floats": "SECDED, all but weights",
     "secded": "SECDED",
     "vote-floats": "vote of three, all but weights",
+    "vote-range": "that vote, then range check",
     "vote": "vote of three",
     "adam": "Adam",
     "sgd": "SGD, momentum 0.9",

@@ -241,6 +241,27 @@ def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> Plan:
     return _guarded(model, targets, lambda used: {"copy 1": used.copy(), "copy 2": used.copy()}, majority)
 
 
+def both(first: Plan, second: Plan) -> Plan:
+    """Return the plan of one repair after the other: `second` reads what `first` has made of the network.
+
+    Args:
+        first, second: plans of one network, made while it was undamaged.
+
+    Raises:
+        ValueError: both store something under one name.
+    """
+    shared = first.stored.keys() & second.stored.keys()
+    if shared:
+        raise ValueError(f"both repairs store {', '.join(sorted(shared))}")
+
+    @contextmanager
+    def read() -> Iterator[None]:
+        with first.read(), second.read():
+            yield
+
+    return Plan(first.stored | second.stored, read)
+
+
 REPAIRS: dict[str, Callable[[nn.Module], Plan]] = {
     "none": none,
     "clip": lambda model: Plan({}, partial(clip, model)),
@@ -248,6 +269,7 @@ REPAIRS: dict[str, Callable[[nn.Module], Plan]] = {
     "secded-floats": partial(secded, targets=FLOATS),
     "secded": secded,
     "vote-floats": partial(vote, targets=FLOATS),
+    "vote-range": lambda model: both(vote(model, FLOATS), range_check(model)),
     "vote": vote,
 }
 

@@ -17,7 +17,7 @@ from bnn_utils.faults import PARAMETERS, float32_storage, inject, inject_tensors
 from bnn_utils.layers import BinarizeConv2d, BinarizeLinear
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import PackedLayer, pack
-from bnn_utils.repair import REPAIRS, clip, correct, encode, majority, range_check, secded, stored_bits, vote
+from bnn_utils.repair import REPAIRS, both, clip, correct, encode, majority, range_check, secded, stored_bits, vote
 
 FALSE_ALARM = 1e-6  # of a whole statistical test
 SPECIAL = (0x00000000, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFC12345, 0x00000001, 0x807FFFFF)
@@ -382,6 +382,34 @@ def test_the_vote_reads_what_two_of_three_say(held, repair):
 
 
 @EVERY_NETWORK
+def test_the_range_check_reads_what_the_vote_has_left(held):
+    plan, alone, check = REPAIRS["vote-range"](held), REPAIRS["vote-floats"](held), REPAIRS["range"](held)
+    assert plan.stored.keys() == alone.stored.keys()
+    before = bits_of(held)
+    seen = set()
+    for seed in range(20):
+        with inject(held, 0.1, seed=seed):
+            for mine, its in zip(plan.stored.values(), alone.stored.values(), strict=True):
+                mine.view(torch.uint8)[0] ^= 1 + seed  # the copies err as well, in both plans alike
+                its.copy_(mine)
+            with alone.read():
+                voted = bits_of(held)
+                with check.read():
+                    expected = bits_of(held)
+            with plan.read():
+                assert bits_of(held) == expected
+            seen.add(expected != voted)
+    assert True in seen
+    assert bits_of(held) == before
+
+
+def test_two_repairs_that_store_under_one_name_are_refused():
+    model = small()
+    with pytest.raises(ValueError, match=r"both repairs store .*0\.bias\.check"):
+        both(secded(model), secded(model, "0.bias"))
+
+
+@EVERY_NETWORK
 @pytest.mark.parametrize("raised", [None, ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("repair", REPAIRS)
 def test_every_repair_is_undone(held, repair, raised):
@@ -532,6 +560,7 @@ def test_range_check_of_tensors_without_dimensions_or_elements():
         ("secded-floats", 8 * (1 + 1 + 1 + 2 + 2 + 2)),
         ("vote", 2 * 32 * 57),
         ("vote-floats", 2 * 32 * 15),
+        ("vote-range", 2 * 32 * 15),
     ],
 )
 def test_stored_bits_of_floats(repair, beside):
@@ -550,6 +579,7 @@ def test_stored_bits_of_floats(repair, beside):
         ("secded-floats", 8 * 2),
         ("vote", 2 * (56 + 32 + 8)),  # 54 weights and 2 directions in whole bytes
         ("vote-floats", 2 * (32 + 8)),
+        ("vote-range", 2 * (32 + 8)),
     ],
 )
 def test_stored_bits_of_a_packed_layer(repair, beside):
