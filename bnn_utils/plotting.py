@@ -945,7 +945,7 @@ def accuracy_against_bits(table: pd.DataFrame) -> Figure:
         for index, repair in enumerate(repairs):
             own = table[(table["network"] == network) & (table["repair"] == repair)]
             means = intervals(own, ["storage", "bits"], "accuracy")
-            style: Any = dict(fmt="osD^vP*"[index % 7], color=color(repair, index), capsize=3, label=label(repair))
+            style: Any = dict(fmt="osD^vP*X"[index % 8], color=color(repair, index), capsize=3, label=label(repair))
             axis.errorbar(means["bits"], 100 * means["accuracy"], 100 * means["accuracy_half"], **style)
         for storage, own in table[table["network"] == network].groupby("storage", sort=False):
             middle = np.exp(np.log(own["bits"].unique()).mean())
@@ -974,6 +974,67 @@ def trained_for_errors(table: pd.DataFrame) -> Figure:
     axis.set_xticks(range(len(places)), [f"{p:g}" if p else "none" for p in places])
     axis.set(xlabel="bit error probability of the weights", ylabel="accuracy (%)")
     axis.legend(fontsize=9)
+    return figure
+
+
+def stopping(table: pd.DataFrame, until: float) -> Figure:
+    """Draw the interval that a campaign has reached against its trials, and how many trials each probability took.
+
+    Args:
+        table: a row a probability and number of trials so far: columns probability, trials and half (half-width of
+            the 95% interval of accuracy, 0..1).
+        until: the half-width at which the campaign stops.
+    """
+    figure, (reached, spent) = plt.subplots(1, 2, figsize=(7.6, 3.2), width_ratios=(1.4, 1))
+    probabilities = sorted(table["probability"].unique(), reverse=True)
+    for index, probability in enumerate(probabilities):
+        own = table[table["probability"] == probability].sort_values("trials")
+        style: Any = dict(color=f"C{index}", label=f"p = {probability:g}")
+        reached.plot(own["trials"], 100 * own["half"], **style)
+        spent.bar(index, own["trials"].iloc[-1], **style)
+    reached.axhline(100 * until, color="0.4", ls=":")
+    most = table["trials"].max()
+    spent.axhline(most, color="0.4", ls=":")
+    spent.text(len(probabilities) - 0.5, most, "a fixed number", ha="right", va="bottom", fontsize=9)
+    spent.set_ylim(0, 1.15 * most)
+    spent.set_xticks(range(len(probabilities)), [f"{p:g}" for p in probabilities])
+    spent.set(xlabel="bit error probability", ylabel="trials")
+    reached.set(xlabel="trials", ylabel="half-width of the interval (points)", xscale="log", yscale="log")
+    reached.legend(fontsize=9)
+    return figure
+
+
+def coverage(table: pd.DataFrame) -> Figure:
+    """Draw how often intervals hold the true mean when a campaign stops by them, against the share of rare failures.
+
+    Args:
+        table: columns interval (its name), share (of trials that fail, above 0), coverage (0..1) and trials (mean).
+    """
+    figure, (held, spent) = plt.subplots(1, 2, figsize=(7.6, 3.2))
+    for index, (interval, own) in enumerate(table.groupby("interval", sort=False)):
+        style: Any = dict(marker="os"[index % 2], color=f"C{index}", label=str(interval))
+        held.plot(100 * own["share"], 100 * own["coverage"], **style)
+        spent.plot(100 * own["share"], own["trials"], **style)
+    held.axhline(95, color="0.4", ls=":", label="promised")
+    for axis in (held, spent):
+        axis.set(xscale="log", xlabel="trials that fail (%)")
+    held.set(ylabel="intervals that hold the mean (%)", ylim=(0, 104))
+    spent.set(ylabel="trials at the stop", yscale="log")
+    held.legend(fontsize=9)
+    return figure
+
+
+def throughput(table: pd.DataFrame) -> Figure:
+    """Draw trials a second of ways to run a campaign, one bar a way.
+
+    Args:
+        table: columns way and trials_per_second.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 0.42 * len(table) + 0.9))
+    axis.barh(range(len(table)), table["trials_per_second"], color=[f"C{index}" for index in range(len(table))])
+    axis.set_yticks(range(len(table)), table["way"])
+    axis.invert_yaxis()
+    axis.set(xlabel="trials a second")
     return figure
 
 

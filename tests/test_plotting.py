@@ -676,6 +676,35 @@ def test_trial_spread():
         close(y, 95 - 100 / np.array([3, 10, 30]))
 
 
+def test_stopping():
+    rows = [(1e-2, 30, 0.05), (1e-2, 60, 0.02), (1e-4, 30, 0.015)]
+    reached, spent = finished(plotting.stopping(pd.DataFrame(rows, columns=["probability", "trials", "half"]), 0.02))
+    x, y = line(reached, "p = 0.01")
+    close(x, [30, 60])
+    close(y, [5, 2])
+    close(reached.lines[-1].get_ydata(), [2, 2])
+    assert [bar.get_height() for bar in spent.patches] == [60, 30]
+    assert [text.get_text() for text in spent.get_xticklabels()] == ["0.01", "0.0001"]
+
+
+def test_coverage():
+    table = pd.DataFrame(product(["t", "bounded"], [0.003, 0.03]), columns=["interval", "share"])
+    table["coverage"], table["trials"] = [0.1, 0.6, 0.99, 0.95], [30, 60, 240, 400]
+    held, spent = finished(plotting.coverage(table))
+    for name, own in table.groupby("interval"):
+        for axis, values in ((held, 100 * own["coverage"]), (spent, own["trials"])):
+            x, y = line(axis, name)
+            close(x, [0.3, 3])
+            close(y, values)
+
+
+def test_throughput():
+    table = pd.DataFrame(dict(way=["one process", "two processes"], trials_per_second=[20.0, 38.0]))
+    (axis,) = finished(plotting.throughput(table))
+    assert [bar.get_width() for bar in axis.patches] == [20, 38]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["one process", "two processes"]
+
+
 def test_accuracy_against_bits():
     rng = np.random.default_rng(30)
     rows = product(NETWORKS, [("packed", 10), ("float32", 320)], [("none", 1), ("vote", 3)], range(4))
