@@ -1,7 +1,7 @@
 """The deployed form of a binarized network: 1 bit a weight, integer thresholds, XNOR and popcount on the CPU."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -270,80 +270,197 @@ def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]
     return norm.running_mean, norm.running_var, weight, bias, norm.eps
 
 
+State = tuple[Tensor, ...]  # of a chunk of images, between two stages
+
+
 class PackedModel(nn.Module):
     """A packed network, made by `pack`: from images (batch, channels, height, width) to logits (batch, classes).
 
     It computes on the CPU, with torch's number of threads. Its layers bear the names of the float network's.
+
+    Attributes:
+        stages: what is computed one after another, as the float network's modules, by name, that each stage stands for.
     """
 
-    # How many images go through together: as many as keep what the first layer puts out, in numbers, within the
-    # caches, but at least so many that the calls themselves do not show.
+    # How many images go through together: as many as keep what the first layer on the way puts out, in numbers, within
+    # the caches, but at least so many that the calls themselves do not show.
     images, numbers = 16, 3 << 16
 
-    def __init__(self, model: BinarizedVGG | BinarizedResNet):
+    def __init__(self, model: BinarizedVGG | BinarizedResNet, engine: str, stages: list[tuple[str, ...]]):
         super().__init__()
         self.name, self.config = model.name, dict(model.config)
+        self.engine, self.stages = engine, stages
+
+    def _packed(self, model: Any, stage: int) -> dict[str, nn.Module]:
+        """Return the modules of one stage, by name, packed from those of `model`."""
+        raise NotImplementedError
+
+    def _step(self, stage: int, state: State) -> State:
+        """Run one stage on what the one before put out; the first takes a chunk of images, the last gives logits."""
+        raise NotImplementedError
+
+    def _pack(self, model: nn.Module, stages: Iterable[int]) -> None:
+        for stage in stages:
+            for name, packed in self._packed(model, stage).items():
+                holder, _, own = name.rpartition(".")
+                self.get_submodule(holder).add_module(own, packed)
+                for module in packed.modules():
+                    if isinstance(module, PackedLayer | Affine):
+                        module.engine = self.engine
+
+    def repack(self, model: nn.Module, stages: Iterable[int]) -> None:
+        """Pack some stages anew, from the numbers that `model` has now.
+
+        Args:
+            model: a network that `pack` takes, with the name and the configuration of the one packed here.
+            stages: numbers of stages, from 0.
+
+        Raises:
+            TypeError: a network that `pack` refuses.
+            ValueError: a network of another name or configuration, or a stage that there is not.
+        """
+        _check(model)
+        stages = [self._checked(stage) for stage in stages]
+        own, other = ((network.name, network.config) for network in (self, model))
+        if other != own:
+            raise ValueError("expected a {} of {}, got a {} of {}".format(*own, *other))
+        self._pack(model, stages)
+
+    def stage_of(self, name: str) -> int:
+        """Return the number of the stage that computes with a tensor.
+
+        Args:
+            name: in the state_dict of the packed network, or of the float network, whose BatchNorm belongs to the
+                stage that it is folded into.
+
+        Raises:
+            ValueError: no stage does.
+        """
+        for stage, modules in enumerate(self.stages):
+            if any(name.startswith(f"{module}.") for module in modules):
+                return stage
+        raise ValueError(f"no stage of {self.name} computes with {name!r}, expected the name of a stored tensor")
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of one chunk of images."""
-        raise NotImplementedError
+        return self._run((x,), 0, len(self.stages))[0]
 
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
+    def _run(self, state: State, start: int, stop: int) -> State:
+        for stage in range(start, stop):
+            state = self._step(stage, state)
+        return state
+
+    def _each(self, function: Callable[[Any], Any], chunks: Sequence[Any]) -> list[Any]:
+        threads = min(torch.get_num_threads(), len(chunks))
+        if threads == 1:
+            return [function(chunk) for chunk in chunks]
+        # A thread a chunk: they never wait for each other, so another program's work slows them no more than it must.
+        with _one_torch_thread():
+            return list(_workers(threads, os.getpid()).map(function, chunks))
+
+    def _chunks(self, x: Tensor) -> Sequence[Tensor]:
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4:
             raise ValueError(
                 "a packed network wants float32 images (batch, channels, height, width) on the CPU, "
                 f"got {x.dtype} {tuple(x.shape)} on {x.device}"
             )
-        channels = next(module.channels for module in self.modules() if isinstance(module, PackedLayer))
-        together = max(self.images, self.numbers // (channels * max(1, x[:1, 0].numel())))
-        chunks = max(1, -(-len(x) // together))
-        parts = x.detach().tensor_split(chunks)
-        threads = min(torch.get_num_threads(), chunks)
-        if threads == 1:
-            return torch.cat([self.logits(part) for part in parts])
-        # A thread a chunk: they never wait for each other, so another program's work slows them no more than it must.
-        with _one_torch_thread():
-            return torch.cat(list(_workers(threads, os.getpid()).map(self.logits, parts)))
+        return x.detach().tensor_split(self._count(0, len(x), x[:1, 0].numel()))
+
+    def _count(self, stage: int, images: int, positions: int) -> int:
+        """Return how many chunks a stage takes images in, from the size of the map that it reads."""
+        modules = (module for name in self.stages[stage] for module in self.get_submodule(name).modules())
+        first = next(module for module in modules if isinstance(module, PackedLayer))
+        numbers = first.channels * positions // first.stride**2
+        return max(1, -(-images // max(self.images, self.numbers // max(1, numbers))))
+
+    def _checked(self, stage: int) -> int:
+        if not 0 <= stage < len(self.stages):
+            raise ValueError(f"stage must lie in 0..{len(self.stages) - 1}, got {stage}")
+        return stage
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(self._each(self.logits, self._chunks(x)))
+
+    @torch.no_grad()
+    def before(self, stage: int, x: Tensor) -> list[State]:
+        """Return what the stages before `stage` make of images, a state a chunk, for `after` to go on from.
+
+        A state is a tuple of tensors: words of bits, and where a ResNet's shortcut carries numbers on, float32 too.
+
+        Args:
+            stage: in 0..len(stages) - 1; 0 leaves the images as they are.
+            x: images, as the network takes them.
+
+        Raises:
+            ValueError: another stage, or other images.
+        """
+        self._checked(stage)
+        states = self._each(lambda chunk: self._run((chunk,), 0, stage), self._chunks(x))
+        if stage == 0:
+            return states
+        # Maps become smaller on the way: what comes later can take more images together.
+        count = min(len(states), self._count(stage, len(x), states[0][-1][:1, ..., 0].numel()))
+        return list(zip(*(torch.cat(parts).tensor_split(count) for parts in zip(*states, strict=True)), strict=True))
+
+    @torch.no_grad()
+    def after(self, stage: int, states: Sequence[State]) -> Tensor:
+        """Return the logits that `forward` gives, to the last bit, from states that `before` gave.
+
+        Args:
+            stage: that `before` was given.
+            states: of this network, or of one whose stages before `stage` are the same.
+
+        Raises:
+            ValueError: another stage.
+        """
+        self._checked(stage)
+        return torch.cat(self._each(lambda state: self._run(state, stage, len(self.stages))[0], states))
 
 
 class PackedVGG(PackedModel):
-    """`BinarizedVGG`, packed: an image layer in floats, then integers and bits alone up to the last BatchNorm."""
+    """`BinarizedVGG`, packed: an image layer in floats, then integers and bits alone up to the last BatchNorm.
+
+    A stage is a layer and the BatchNorm after it.
+    """
 
     features: nn.ModuleDict
     classifier: nn.ModuleDict
 
-    def __init__(self, model: BinarizedVGG):
-        super().__init__(model)
-        self.pools: list[int] = []  # of the hidden layers
+    def __init__(self, model: BinarizedVGG, engine: str):
+        stages: list[tuple[str, ...]] = []
+        pools: list[int] = []
         for part in ("features", "classifier"):
             layers = getattr(model, part)
-            packed = nn.ModuleDict()
             for index, layer in enumerate(layers):
-                if not isinstance(layer, BINARIZED):
-                    continue
-                pooled = isinstance(layers[index + 1], nn.MaxPool2d)
-                norm = layers[index + 1 + pooled]
-                first, last = part == "features" and not index, part == "classifier" and layer is layers[-2]
-                side = int(model.config["input_size"]) // 8 if part == "classifier" and not index else 1
-                packed[str(index)] = own = PackedLayer(layer, side, keep_bias=first or last)
-                if first or last:
-                    packed[str(index + 1)] = Affine(norm)
-                else:
-                    own.fold(norm, layer.bias)
-                    self.pools.append(2 if pooled else 1)
-            self.add_module(part, packed)
+                if isinstance(layer, BINARIZED):
+                    pooled = isinstance(layers[index + 1], nn.MaxPool2d)
+                    stages.append((f"{part}.{index}", f"{part}.{index + 1 + pooled}"))
+                    pools.append(2 if pooled else 1)
+        super().__init__(model, engine, stages)
+        self.pools = pools  # of each stage
+        self.features, self.classifier = nn.ModuleDict(), nn.ModuleDict()
+        self._pack(model, range(len(stages)))
 
-    def logits(self, x: Tensor) -> Tensor:
-        size = self.config["input_size"]
+    def _packed(self, model: Any, stage: int) -> dict[str, nn.Module]:
+        name, norm_name = self.stages[stage]
+        layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+        side = int(self.config["input_size"]) // 8 if name == "classifier.0" else 1
+        if 0 < stage < len(self.stages) - 1:
+            return {name: PackedLayer(layer, side).fold(norm, layer.bias)}
+        return {name: PackedLayer(layer, side, keep_bias=True), norm_name: Affine(norm)}
+
+    def _step(self, stage: int, state: State) -> State:
+        (x,), (name, norm_name), size = state, self.stages[stage], self.config["input_size"]
+        layer: Any = self.get_submodule(name)
+        if 0 < stage < len(self.stages) - 1:
+            return (layer.bits(x, self.pools[stage]),)
+        norm: Any = self.get_submodule(norm_name)
+        if stage > 0:
+            return (norm(layer(x) + layer.bias)[0].flatten(1),)
         if x.shape[2:] != (size, size):
             raise ValueError(f"this network wants images of {size} x {size} pixels, got {tuple(x.shape)}")
-        layers: list[Any] = [*self.features.values(), *self.classifier.values()]
-        first, norm, *hidden, last, last_norm = layers
-        words = norm.bits(first.image(x))
-        for layer, pool in zip(hidden, self.pools, strict=True):
-            words = layer.bits(words, pool)
-        return last_norm(last(words) + last.bias)[0].flatten(1)
+        return (norm.bits(layer.image(x)),)
 
 
 class PackedBlock(nn.Module):
@@ -360,6 +477,11 @@ class PackedBlock(nn.Module):
             self.downsample = nn.ModuleList([PackedLayer(convolution), Affine(norm)])
         self.shortcut = block.shortcut
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether the shortcut carries the values of the block before, not their signs alone."""
+        return self.shortcut and self.downsample is None
+
     def forward(self, x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Return the block's values and their signs, from those of the block before."""
         dots = self.conv2(self.conv1.bits(words))
@@ -373,28 +495,53 @@ class PackedBlock(nn.Module):
 
 
 class PackedResNet(PackedModel):
-    """`BinarizedResNet`, packed: floats along the shortcuts, bits inside the blocks."""
+    """`BinarizedResNet`, packed: floats along the shortcuts, bits inside the blocks.
 
+    A stage is the image layer, a block (the last one with the mean over its map), or what follows.
+    """
+
+    conv1: PackedLayer
+    bn1: Affine
     layer1: nn.ModuleList
     layer2: nn.ModuleList
     layer3: nn.ModuleList
+    bn2: Affine
+    fc: PackedLayer
+    bn3: Affine
 
-    def __init__(self, model: BinarizedResNet):
-        super().__init__(model)
-        self.conv1, self.bn1 = PackedLayer(model.conv1), Affine(model.bn1)
-        for stage in ("layer1", "layer2", "layer3"):
-            self.add_module(stage, nn.ModuleList(PackedBlock(block) for block in getattr(model, stage)))
-        self.bn2, self.fc, self.bn3 = Affine(model.bn2), PackedLayer(model.fc, keep_bias=True), Affine(model.bn3)
+    def __init__(self, model: BinarizedResNet, engine: str):
+        layers = ("layer1", "layer2", "layer3")
+        blocks = [(f"{layer}.{index}",) for layer in layers for index in range(len(getattr(model, layer)))]
+        super().__init__(model, engine, [("conv1", "bn1"), *blocks, ("bn2", "fc", "bn3")])
+        self._pack(model, [0])
+        for layer in layers:  # after the image layer in memory, as in the float network
+            self.add_module(layer, nn.ModuleList())
+        self._pack(model, range(1, len(self.stages)))
 
-    def logits(self, x: Tensor) -> Tensor:
-        values, words = self.bn1(self.conv1.image(x), clamp=True)
-        for block in [*self.layer1, *self.layer2, *self.layer3]:
-            values, words = block(values, words)
-        # Sums round in the order of memory, which is that of the image layer; one channel is laid out either way.
-        layout = torch.contiguous_format if x.shape[1] == 1 else torch.channels_last
-        means = values.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3))
-        words = self.bn2.bits(means[:, None, None])
-        return self.bn3(self.fc(words) + self.fc.bias)[0].flatten(1)
+    def _packed(self, model: Any, stage: int) -> dict[str, nn.Module]:
+        if stage == 0:
+            return {"conv1": PackedLayer(model.conv1), "bn1": Affine(model.bn1)}
+        if stage == len(self.stages) - 1:
+            return {"bn2": Affine(model.bn2), "fc": PackedLayer(model.fc, keep_bias=True), "bn3": Affine(model.bn3)}
+        (name,) = self.stages[stage]
+        return {name: PackedBlock(model.get_submodule(name))}
+
+    def _step(self, stage: int, state: State) -> State:
+        if stage == len(self.stages) - 1:
+            (means,) = state
+            words = self.bn2.bits(means[:, None, None])
+            return (self.bn3(self.fc(words) + self.fc.bias)[0].flatten(1),)
+        blocks = [*self.layer1, *self.layer2, *self.layer3]
+        if stage == 0:
+            values, words = self.bn1(self.conv1.image(*state), clamp=True)
+        else:
+            values, words = blocks[stage - 1](*state)
+        if stage == len(blocks):
+            # Sums round in the order of memory, which is that of the image layer; one channel is laid out either way.
+            layout = torch.contiguous_format if self.conv1.inputs == 1 else torch.channels_last
+            return (values.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3)),)
+        # What the next block does not read would only take memory where states are kept.
+        return values if blocks[stage].reads_values else values.new_empty(0), words
 
 
 @lru_cache(maxsize=8)
@@ -402,6 +549,21 @@ def _as_built(name: str, *config: tuple[str, Any]) -> str:
     """Return what a network's layers print when nobody has replaced any."""
     with torch.random.fork_rng(devices=[]):  # building draws weights
         return str(build(name, **dict(config)))
+
+
+_KINDS: dict[type[nn.Module], Any] = {BinarizedVGG: PackedVGG, BinarizedResNet: PackedResNet}
+
+
+def _check(model: nn.Module) -> None:
+    """Raise TypeError for a network that cannot be packed."""
+    if type(model) not in _KINDS:  # no subclass: it may differ
+        raise TypeError(f"only networks of bnn_utils.models can be packed, got {type(model).__name__}")
+    known = _as_built(model.name, *model.config.items())  # type: ignore[operator, union-attr]
+    for own, line in zip_longest(str(model).splitlines(), known.splitlines(), fillvalue="nothing"):
+        if own != line:
+            raise TypeError(f"only networks as bnn_utils.models builds them can be packed, got {own.strip()}")
+    if any(parameter.dtype != torch.float32 or parameter.device.type != "cpu" for parameter in model.parameters()):
+        raise TypeError("only float32 networks on the CPU can be packed")
 
 
 def pack(model: nn.Module, engine: str = ENGINES[0]) -> PackedModel:
@@ -427,20 +589,8 @@ def pack(model: nn.Module, engine: str = ENGINES[0]) -> PackedModel:
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown or missing engine {engine!r}, expected one of {', '.join(ENGINES)}")
-    kind: Any = {BinarizedVGG: PackedVGG, BinarizedResNet: PackedResNet}.get(type(model))  # no subclass: it may differ
-    if kind is None:
-        raise TypeError(f"only networks of bnn_utils.models can be packed, got {type(model).__name__}")
-    known = _as_built(model.name, *model.config.items())  # type: ignore[operator, union-attr]
-    for own, line in zip_longest(str(model).splitlines(), known.splitlines(), fillvalue="nothing"):
-        if own != line:
-            raise TypeError(f"only networks as bnn_utils.models builds them can be packed, got {own.strip()}")
-    if any(parameter.dtype != torch.float32 or parameter.device.type != "cpu" for parameter in model.parameters()):
-        raise TypeError("only float32 networks on the CPU can be packed")
-    packed: PackedModel = kind(model)
-    for module in packed.modules():
-        if isinstance(module, PackedLayer | Affine):
-            module.engine = engine
-    return packed.eval()
+    _check(model)
+    return _KINDS[type(model)](model, engine).eval()
 
 
 def deployed(model: nn.Module) -> nn.Module:

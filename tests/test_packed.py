@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from bnn_utils import packed as packed_module
 from bnn_utils.bits import pack_signs, unpack_signs
-from bnn_utils.faults import KINDS, PARAMETERS, inject
+from bnn_utils.faults import KINDS, PARAMETERS, inject, stored_tensors
 from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, binarize
 from bnn_utils.models import BinarizedVGG, resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import ENGINES, Affine, PackedLayer, PackedModel, deployed, pack
@@ -819,6 +819,151 @@ def test_a_resnet_takes_images_of_any_size_as_the_float_network_does(engine):
             torch.testing.assert_close(packed(x), model(x), **LOGITS)
 
 
+# ---------------------------------------------------------------- stages
+
+STAGED = {
+    "vgg": vgg,
+    "vgg of larger images": lambda: vgg(1, in_channels=3, input_size=16, width=0.1),
+    "resnet": resnet,
+    "resnet of larger images": lambda: resnet(1, in_channels=3, input_size=16, width=0.2, depth=14),
+    "resnet without shortcuts": lambda: resnet(2, shortcut=False),
+}
+staged = pytest.mark.parametrize("name", STAGED)
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def states_of(packed, x):
+    """Return what each stage puts out, as bytes of all chunks of images together; the last are logits."""
+    outputs = [packed.before(stage, x) for stage in range(1, len(packed.stages))]
+    return [[part.numpy().tobytes() for state in states for part in state] for states in outputs] + [
+        packed(x).numpy().tobytes()
+    ]
+
+
+@engines
+@staged
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+def test_going_on_from_any_stage_gives_the_same_logits(name, chunk, engine):
+    model = STAGED[name]()
+    packed = pack(model, engine)
+    if chunk:
+        in_chunks_of(chunk, packed)
+    for count in (7, 300) if chunk is None else (7,):
+        x = torch.randn(count, *images_for(model, 1).shape[1:], generator=seeded(count))
+        for stage in range(len(packed.stages)):
+            assert same_bits(packed.after(stage, packed.before(stage, x)), packed(x))
+
+
+@staged
+def test_another_network_goes_on_from_the_states_of_one_with_the_same_first_stages(name):
+    model = STAGED[name]()
+    x, clean = images_for(model, 40), pack(model)
+    for stage in range(len(clean.stages)):
+        names = [own for own in model.state_dict() if clean.stage_of(own) >= stage and "num_batches" not in own]
+        kept = clean.before(stage, x)
+        with inject(model, 0.1, seed=stage, targets=names):
+            damaged = pack(model)
+            logits = damaged(x)
+            assert same_bits(damaged.after(stage, kept), logits)
+        assert not same_bits(logits, clean(x))
+
+
+def changed(name, tensor, mask):
+    """Change a tensor, in place, so that what is computed from it changes for sure."""
+    if tensor.dtype == torch.int64:
+        tensor ^= ~torch.zeros_like(tensor) if mask is None else mask
+    elif not tensor.is_floating_point():
+        tensor.fill_(torch.iinfo(tensor.dtype).min)
+    elif name.rpartition(".")[2] in ("weight", "scale") and tensor.dim() > 1:
+        tensor.neg_()
+    elif name.endswith("running_var"):
+        tensor.mul_(1e6)
+    else:
+        tensor.sub_(torch.linspace(-90, 100, tensor.numel()))
+
+
+@staged
+@pytest.mark.parametrize("storage", ["float32", "packed"])
+def test_a_tensor_belongs_to_the_first_stage_whose_output_it_changes(name, storage):
+    model = STAGED[name]()
+    x, held = images_for(model, 20), pack(model) if storage == "packed" else model
+    clean, found = states_of(pack(model), x), {}
+    for own, stored in stored_tensors(held).items():
+        twin = copy.deepcopy(held)
+        with torch.no_grad():
+            changed(own, stored_tensors(twin)[own].tensor, stored.mask)
+        other = states_of(twin if storage == "packed" else pack(twin), x)
+        found[own] = min(stage for stage, output in enumerate(other) if output != clean[stage])
+    packed = pack(model)
+    assert found == {own: packed.stage_of(own) for own in found}
+    assert set(found.values()) == set(range(len(packed.stages)))
+
+
+@engines
+@staged
+def test_repacked_stages_are_as_packed_and_the_others_as_before(name, engine):
+    model = STAGED[name]()
+    before, order = copy.deepcopy(pack(model, engine).state_dict()), list(pack(model).state_dict())
+    other = STAGED[name]()
+    with torch.no_grad():
+        for tensor in other.parameters():
+            tensor.neg_().add_(0.1)
+    after = pack(other, engine).state_dict()
+    for chosen in ([0], [2], [1, 3], range(len(pack(model).stages)), []):
+        packed = pack(model, engine)
+        packed.repack(other, chosen)
+        for own, tensor in packed.state_dict().items():
+            assert torch.equal(tensor, (after if packed.stage_of(own) in chosen else before)[own])
+        assert list(packed.state_dict()) == order
+        assert {module.engine for module in packed.modules() if hasattr(module, "engine")} == {engine}
+    packed.repack(other, range(len(packed.stages)))
+    x = images_for(model, 5)
+    assert same_bits(packed(x), pack(other, engine)(x))
+
+
+def test_states_are_bits_but_for_the_numbers_on_shortcuts():
+    packed = pack(resnet(depth=14))  # two blocks a layer, of 4, 8 and 16 channels on maps of 8, 4 and 2 pixels
+    x = images_for(resnet(), 10)
+    sizes = [sum(part.nbytes for state in packed.before(stage, x) for part in state) for stage in range(1, 8)]
+    word, number = 8, 4
+    on_shortcuts = [64 * (word + 4 * number), 16 * (word + 8 * number), 4 * (word + 16 * number)]
+    bits = [64 * word, 16 * word]  # before the first block of a layer, where a convolution is the shortcut
+    means = 16 * number
+    expected = [on_shortcuts[0], on_shortcuts[0], bits[0], on_shortcuts[1], bits[1], on_shortcuts[2], means]
+    assert sizes == [10 * size for size in expected]
+    packed = pack(vgg())
+    states = [state for stage in range(1, len(packed.stages)) for state in packed.before(stage, images_for(vgg(), 10))]
+    assert {part.dtype for state in states for part in state} == {torch.int64}
+
+
+def test_stages_and_networks_that_do_not_fit_are_refused():
+    model = vgg()
+    packed = pack(model)
+    x = images_for(model, 2)
+    for stage in (-1, 9):
+        with pytest.raises(ValueError, match=rf"0\.\.8, got {stage}"):
+            packed.before(stage, x)
+        with pytest.raises(ValueError, match=rf"0\.\.8, got {stage}"):
+            packed.after(stage, [])
+    with pytest.raises(ValueError, match="float64"):
+        packed.before(3, x.double())
+    for name in ("features.2.weight", "features", "weight", "layer1.0.conv1.weight", "features.10"):
+        with pytest.raises(ValueError, match=name):
+            packed.stage_of(name)
+    with pytest.raises(ValueError, match="resnet_binary"):
+        packed.repack(resnet(), [0])
+    with pytest.raises(ValueError, match=r"0\.08"):
+        packed.repack(vgg(width=0.08), [0])
+    with pytest.raises(TypeError, match="Linear"):
+        packed.repack(nn.Linear(2, 2), [0])
+    for stage in (-1, 9):
+        with pytest.raises(ValueError, match=rf"0\.\.8, got {stage}"):
+            packed.repack(model, [0, stage])
+
+
 # ---------------------------------------------------------------- engines, threads, processes
 
 
@@ -870,13 +1015,17 @@ if child.is_alive():
 print("forked", child.exitcode)
 torch.set_num_threads(2)
 print("threads", torch.equal(logits(), once))
+for network in networks:
+    network.images, network.numbers = 2, 0
+resumed = [network.after(3, network.before(3, x)) for network in networks]
+print("resumed", torch.equal(torch.stack(resumed), once))
 with ThreadPoolExecutor(2) as pool:
     print("at-once", all(torch.equal(other, once) for other in pool.map(logits, range(8))))
 """
 
 
 def test_threads_and_forked_processes_compute_the_same():
-    assert run(THREADS) == ["forked", "0", "threads", "True", "at-once", "True"]
+    assert run(THREADS) == ["forked", "0", "threads", "True", "resumed", "True", "at-once", "True"]
 
 
 WITHOUT_NUMBA = """
