@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 from torch import nn
 
 from bnn_utils.bits import check_probability
 from bnn_utils.data import Images
-from bnn_utils.faults import PARAMETERS, STORAGES, ErrorModel, float32_storage, inject, inject_tensors
-from bnn_utils.packed import deployed, pack
-from bnn_utils.repair import REPAIRS
+from bnn_utils.faults import PARAMETERS, STORAGES, ErrorModel, float32_storage, inject, inject_tensors, targeted
+from bnn_utils.packed import PackedModel, State, deployed, pack
+from bnn_utils.repair import REPAIRS, Plan
 from bnn_utils.system import progress_bar, write_beside
-from bnn_utils.training import Evaluation, evaluate
+from bnn_utils.training import Evaluation, batches, evaluate, score
 
 COLUMNS = [
     "network",
@@ -33,6 +34,7 @@ COLUMNS = [
     "loss",
     "accuracy",
 ]  # fmt: skip
+KEPT_BYTES = 512 << 20  # at most, of what a network's first stages put out, in a task of `run`, its repairs together
 
 
 def trial_seed(seed: int, probability: float, trial: int) -> int:
@@ -40,6 +42,49 @@ def trial_seed(seed: int, probability: float, trial: int) -> int:
     words = np.array([probability], np.float64).view(np.uint32)
     sequence = np.random.SeedSequence([seed, *words.tolist(), trial])
     return int(sequence.generate_state(1, np.uint32)[0])
+
+
+class _Evaluator:
+    """Evaluates one network again and again, of which nothing but the targets changes.
+
+    In its packed form only the stages that hold targets are packed anew, and what the stages before them make of the
+    images is kept; of fewer stages where that would take more than KEPT_BYTES. All results are the same to the last
+    bit. A repair that stores something has no part in it: what it stores errs too, and with it any stage.
+    """
+
+    def __init__(self, model: nn.Module, data: Images, targets: Sequence[str]):
+        self.model, self.data, self.names = model, data, list(targeted(model, targets))
+        self.room: float = KEPT_BYTES
+        # By repair: the network, its stages with targets, the stage to go on from, and what is kept, batch by batch.
+        self.known: dict[str, tuple[Any, set[int], int, list[list[State]]]] = {}
+
+    def __call__(self, repair: str, plan: Plan) -> Evaluation:
+        """Return the loss and the accuracy of the network as it is now, inside `plan.read()`."""
+        if plan.stored:
+            return evaluate(deployed(self.model), self.data)
+        known = repair in self.known
+        if not known:
+            self.known[repair] = self._keep(deployed(self.model))
+        network, stages, start, kept = self.known[repair]
+        if known and network is not self.model:
+            network.repack(self.model, stages)
+        if start == 0:
+            return evaluate(network, self.data)
+        return score(torch.cat([network.after(start, states) for states in kept]), self.data.labels)
+
+    def _keep(self, network: nn.Module) -> tuple[nn.Module, set[int], int, list[list[State]]]:
+        if not isinstance(network, PackedModel):
+            return network, set(), 0, []
+        stages = {network.stage_of(name) for name in self.names}
+        inputs = batches(self.data)
+        x = next(inputs)
+        for start in range(min(stages, default=0), 0, -1):
+            states = network.before(start, x)
+            size = len(self.data) / len(x) * sum(part.nbytes for state in states for part in state)
+            if size <= self.room:
+                self.room -= size
+                return network, stages, start, [states, *(network.before(start, x) for x in inputs)]
+        return network, stages, 0, []
 
 
 def _trials(
@@ -65,6 +110,7 @@ def _trials(
             repair: {f"{repair}: {name}": tensor for name, tensor in plan.stored.items()}
             for repair, plan in plans.items()
         }
+        evaluator = _Evaluator(model, data, targets)
         for trial in range(trials):
             own_seed = trial_seed(seed, probability, trial)
             rows = []
@@ -75,7 +121,7 @@ def _trials(
                         result = unharmed.get(repair) if unhit else None
                         if result is None:
                             with plans[repair].read():
-                                result = evaluate(model if packed else deployed(model), data)
+                                result = evaluator(repair, plans[repair])
                             if unhit:  # a trial without a flip gives what every such trial gives
                                 unharmed[repair] = result
                     rows.append(
@@ -119,7 +165,8 @@ def run(
     Args:
         model: a network on the device of `data`; it is given back unharmed. On the CPU a network of
             `bnn_utils.models` computes in its packed form, whose predictions are the same.
-        data: the images to evaluate on.
+        data: the images to evaluate on. On the CPU, what the layers before the first target make of them is computed
+            once and kept, up to KEPT_BYTES.
         probabilities: bit error probabilities, each in [0, 1].
         trials: independent draws of errors at each probability, at least 1.
         storage: "float32" damages the floats, "packed" what `bnn_utils.packed.pack(model)` stores (on the CPU).

@@ -22,7 +22,8 @@ class Plan(NamedTuple):
     Attributes:
         stored: what memory holds besides the network, by name. It suffers the errors that the network's bits suffer.
         read: returns a context manager; inside, the network, damaged or not, is what the repair makes of it and of
-            `stored`. On leaving, an exception too, it is as damaged as before, bit for bit.
+            `stored`: of each tensor by itself where `stored` is empty. On leaving, an exception too, it is as damaged
+            as before, bit for bit.
     """
 
     stored: dict[str, Tensor]

@@ -118,27 +118,37 @@ class Recipe:
 _LATER = {name: getattr(Recipe, name) for name in ("damage_rate", "damage_below", "loss", "margin")}
 
 
+def batches(images: Images, batch_size: int = 500) -> Iterator[Tensor]:
+    """Yield the images in order, as a network takes them: (batch, channels, height, width), channels last."""
+    for start in range(0, len(images), batch_size):
+        yield images[start : start + batch_size][0].contiguous(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
 def predict(model: nn.Module, images: Images, batch_size: int = 500) -> Tensor:
     """Return the logits (n, classes) of `model` in evaluation mode; model and images lie on one device."""
     training = model.training
     model.eval()
     try:
-        inputs = (images[start : start + batch_size][0] for start in range(0, len(images), batch_size))
-        return torch.cat([model(x.contiguous(memory_format=torch.channels_last)) for x in inputs])
+        return torch.cat([model(x) for x in batches(images, batch_size)])
     finally:
         model.train(training)
 
 
 def evaluate(model: nn.Module, images: Images, batch_size: int = 500) -> Evaluation:
-    """Return the loss and the accuracy of `model` on `images`, both on one device.
+    """Return the loss and the accuracy of `model` on `images`, both on one device; see `score`."""
+    return score(predict(model, images, batch_size), images.labels)
+
+
+def score(logits: Tensor, labels: Tensor) -> Evaluation:
+    """Return the loss and the accuracy of logits (n, classes), given the images' classes (n,), 0..classes-1.
 
     A damaged network may put out NaN. The predicted class is torch's argmax, to which NaN is the highest logit (as
     in the published experiment); the loss becomes NaN or infinite, and is returned as that.
     """
-    logits = predict(model, images, batch_size).double()
-    loss = functional.cross_entropy(logits, images.labels).item()
-    return Evaluation(loss, (logits.argmax(1) == images.labels).double().mean().item())
+    logits = logits.double()
+    loss = functional.cross_entropy(logits, labels).item()
+    return Evaluation(loss, (logits.argmax(1) == labels).double().mean().item())
 
 
 def _signs(model: nn.Module) -> list[Tensor]:

@@ -12,13 +12,13 @@ import torch
 from scipy import stats
 
 from bnn_utils import campaign
-from bnn_utils.campaign import aggregate, mean_interval, run
+from bnn_utils.campaign import aggregate, mean_interval, run, trial_seed
 from bnn_utils.data import Images
-from bnn_utils.faults import ErrorModel, inject, inject_tensors
+from bnn_utils.faults import ErrorModel, inject, inject_tensors, stored_tensors
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
-from bnn_utils.packed import pack
+from bnn_utils.packed import ENGINES, PackedModel, deployed, pack
 from bnn_utils.repair import REPAIRS, clip
-from bnn_utils.training import Evaluation
+from bnn_utils.training import Evaluation, evaluate
 
 COLUMNS = ["network", "dataset", "storage", "repair", "probability", "trial", "seed", "flips", "loss", "accuracy"]
 
@@ -133,8 +133,9 @@ def test_the_vote_outlasts_what_the_network_alone_does_not(model, images, storag
 
 def test_results_without_flips_are_used_again_unless_what_a_repair_stores_was_hit(model, images, monkeypatch):
     calls = []
-    evaluate = campaign.evaluate
-    monkeypatch.setattr(campaign, "evaluate", lambda *arguments: calls.append(1) or evaluate(*arguments))
+    for name in ("evaluate", "score"):
+        own = getattr(campaign, name)
+        monkeypatch.setattr(campaign, name, lambda *arguments, own=own: calls.append(1) or own(*arguments))
     for probability, evaluated in [(0.0, 2), (1e-5, 1 + 4)]:
         calls.clear()
         table = run(model, images, [probability], 4, repairs=("none", "vote"), targets="features.3.bias")
@@ -222,9 +223,114 @@ def test_a_network_that_cannot_be_packed_keeps_its_floats(images):
     torch.manual_seed(0)
     model = vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8)
     model.classifier[7] = torch.nn.Identity()
-    assert run(model.eval(), images, [1e-3], 2)["accuracy"].between(0, 1).all()
+    for targets in ("features.0.weight", "classifier.6.*"):
+        assert run(model.eval(), images, [1e-3], 2, targets=targets)["accuracy"].between(0, 1).all()
     with pytest.raises(TypeError, match="Identity"):
         run(model, images, [1e-3], 2, storage="packed")
+
+
+# What is computed once
+
+
+def small(build):
+    torch.manual_seed(2)
+    return with_statistics(build(width=0.05, in_channels=1, input_size=8))
+
+
+def loop(model, data, probability, trials, storage, repair, targets):
+    """Return (flips, loss, accuracy) a trial, each of the whole network packed and evaluated anew."""
+    held = pack(model) if storage == "packed" else model
+    plan, rows = REPAIRS[repair](held), []
+    beside = {f"{repair}: {name}": tensor for name, tensor in plan.stored.items()}
+    for trial in range(trials):
+        damage = dict(probability=probability, seed=trial_seed(0, probability, trial))
+        with inject(held, **damage, targets=targets) as flips, inject_tensors(beside, **damage), plan.read():
+            rows.append((flips.total, *evaluate(deployed(held), data)))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("repair", ["none", "clip", "range", "secded"])
+@pytest.mark.parametrize("storage", ["float32", "packed"])
+@pytest.mark.parametrize("build", [vgg_cifar10_binary, resnet_binary])
+def test_errors_in_any_one_module_give_what_the_whole_network_gives(build, storage, repair, images):
+    model = small(build)
+    names = stored_tensors(pack(model) if storage == "packed" else model)
+    modules = {name.rpartition(".")[0] for name in names}
+    assert len(modules) >= 11
+    losses = set()
+    for module in modules:
+        table = run(model, images, [3e-2], 3, storage=storage, repairs=[repair], targets=f"{module}.*")
+        expected = loop(model, images, 3e-2, 3, storage, repair, f"{module}.*")
+        assert np.array_equal(table[["flips", "loss", "accuracy"]], expected, equal_nan=True)
+        losses |= set(table["loss"])
+    assert len(losses) > 10
+
+
+def test_errors_in_several_modules_and_in_none(images):
+    model = small(resnet_binary)
+    for targets in (["layer2.1.*", "layer3.0.bn1.*", "fc.weight"], ["biases"], ["running_var"], []):
+        table = run(model, images, [3e-2], 3, repairs=["none", "clip"], targets=targets)
+        for repair in ("none", "clip"):
+            own = table.loc[table["repair"] == repair, ["flips", "loss", "accuracy"]]
+            assert np.array_equal(own, loop(model, images, 3e-2, 3, "float32", repair, targets), equal_nan=True)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Return a list of the stages that evaluations start from, 0 where the whole network is run."""
+    stages = []
+    whole, after = PackedModel.forward, PackedModel.after
+    monkeypatch.setattr(PackedModel, "forward", lambda self, x: stages.append(0) or whole(self, x))
+    monkeypatch.setattr(PackedModel, "after", lambda self, stage, x: stages.append(stage) or after(self, stage, x))
+    return stages
+
+
+@pytest.mark.skipif(ENGINES[0] != "numba", reason="without Numba the network stays in floats")
+@pytest.mark.parametrize(
+    ("build", "targets", "stage"),
+    [
+        (vgg_cifar10_binary, "features.0.weight", 0),
+        (vgg_cifar10_binary, "features.3.bias", 1),
+        (vgg_cifar10_binary, "features.17.*", 5),
+        (resnet_binary, ["layer3.*", "biases"], 5),
+        (resnet_binary, "biases", 7),
+        (resnet_binary, "weights", 0),
+    ],
+)
+def test_evaluations_start_from_the_first_stage_with_errors(build, targets, stage, images, started):
+    run(small(build), images, [0.1], 3, repairs=["none", "secded", "clip"], targets=targets)
+    assert started == 3 * [stage, 0, stage]  # what a repair stores errs too
+
+
+@pytest.mark.skipif(ENGINES[0] != "numba", reason="without Numba the network stays in floats")
+def test_no_more_is_kept_than_fits(images, started, monkeypatch):
+    model = small(resnet_binary)
+    campaign_of = dict(probabilities=[0.1], trials=2, repairs=["none", "clip"], targets="layer2.1.*")
+    table = run(model, images, **campaign_of)
+    here = len(images) * 4 * 4 * (8 + 8 * 4)  # a word and 8 float32 numbers at each place of the map
+    earlier = len(images) * 8 * 8 * 8  # words alone, since the first block of a layer reads no numbers
+    for room, stages in [
+        (2 * here, [4, 4]),
+        (2 * here - 1, [4, 3]),
+        (here + earlier - 1, [4, 0]),
+        (here - 1, [3, 0]),
+        (earlier - 1, [0, 0]),
+    ]:
+        started.clear()
+        monkeypatch.setattr(campaign, "KEPT_BYTES", room)
+        pd.testing.assert_frame_equal(run(model, images, **campaign_of), table)
+        assert started == 2 * stages, room
+
+
+def test_more_images_than_a_batch():
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (1100, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (1100,), generator=generator)
+    many = Images(pixels, labels, (0.5,), (0.25,), "noise", tuple("0123456789"))
+    for build, targets in ((vgg_cifar10_binary, "features.7.*"), (resnet_binary, "layer3.1.*")):
+        table = run(small(build), many, [3e-2], 3, targets=targets)
+        expected = loop(small(build), many, 3e-2, 3, "float32", "none", targets)
+        assert np.array_equal(table[["flips", "loss", "accuracy"]], expected, equal_nan=True)
 
 
 def spawned(workers):
