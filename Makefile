@@ -8,7 +8,7 @@ REPOSITORY ?=
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help notebooks test lab publish benchmark badges lint clean
+.PHONY: help notebooks test lab soak publish benchmark badges lint clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -17,6 +17,7 @@ help:
 	@echo "make lab         open the notebooks in JupyterLab"
 	@echo "make test        lint, type check, unit tests and every notebook"
 	@echo "make lint        lint and type check only"
+	@echo "make soak        kill campaigns at random moments and resume them (minutes)"
 	@echo "make publish     run the course and write its outputs into notebooks/, figures/published/ and README.md"
 	@echo "make badges      point badges, links and set-up cells at REPOSITORY=owner/name (default: git's origin)"
 	@echo "make benchmark   measure inference, kernel, injection and sweep into benchmarks/results/ (on an idle machine)"
@@ -59,6 +60,9 @@ lint: $(STAMP)
 
 test: lint
 	$(RUN) -m pytest
+
+soak: $(STAMP)
+	$(RUN) -m pytest -m soak
 
 clean:
 	rm -rf executed figures/quick figures/full build *.egg-info

@@ -1,9 +1,15 @@
 """The command line: python -m bnn_utils train | evaluate | damage | pack."""
 
 import argparse
+import asyncio
 import dataclasses
+import logging
+import multiprocessing
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +24,8 @@ from bnn_utils.repair import REPAIRS
 from bnn_utils.training import LOSSES, OPTIMIZERS, PRECISIONS, STATE_FILE, Evaluation, Recipe, evaluate, train
 
 BEST_FILE = "best.safetensors"
+CONNECT_SECONDS = 5
+FIXED_TRIALS, MOST_TRIALS = 20, 10_000  # by default: without --until, with it
 PUBLISHED_WORDS = {"none": "damaged", "clip": "clipped"}
 
 
@@ -86,12 +94,32 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("damage", parents=[common, trained], help="the same after random bit errors")
     sub.add_argument("--probabilities", type=float, nargs="+", default=[1e-2, 1e-4, 1e-6, 1e-8], metavar="P")
-    sub.add_argument("--trials", type=int, default=20, metavar="N", help="draws of errors at each probability")
+    sub.add_argument(
+        "--trials",
+        type=int,
+        metavar="N",
+        help=f"draws of errors at each probability ({FIXED_TRIALS}; with --until at most so many, {MOST_TRIALS})",
+    )
+    sub.add_argument(
+        "--until",
+        type=float,
+        metavar="H",
+        help="stop at a probability when the 95%% interval of accuracy is ± H or less, for every repair",
+    )
     sub.add_argument("--storage", choices=faults.STORAGES, default="float32")
     sub.add_argument("--error", choices=faults.ERRORS, default="flip", help="what happens to a bit")
     sub.add_argument("--repair", choices=REPAIRS, nargs="+", default=["none", "clip"])
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", metavar="FILE.csv", help="write every trial to this new file")
+    sub.add_argument(
+        "--out",
+        metavar="FILE",
+        help="a new file for every trial: FILE.sqlite is written as they finish, FILE.csv at the end",
+    )
+    sub.add_argument("--resume", action="store_true", help="go on with --out FILE.sqlite, if it is there")
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, metavar="N", help="run trials in N processes")
+    where.add_argument("--cluster", metavar="ADDRESS", help="run trials on the cluster of this Dask scheduler")
+    sub.add_argument("--scratch", metavar="DIR", help="a folder that all workers see, for the network and the images")
     sub.set_defaults(run=_damage)
 
     sub = commands.add_parser("pack", parents=[checkpoint], help="write a checkpoint with one bit a weight")
@@ -226,16 +254,16 @@ def _described(result: Evaluation) -> str:
     return f"loss {result.loss:.4f}, acc {result.accuracy:.4f}"
 
 
-def _on_the_cpu(arguments: argparse.Namespace) -> None:
-    """Turn the device "auto" into the CPU, where packed networks compute; refuse others."""
+def _on_the_cpu(arguments: argparse.Namespace, what: str) -> None:
+    """Turn the device "auto" into the CPU, where `what` happens; refuse others."""
     if arguments.device not in ("auto", "cpu"):
-        raise ValueError(f"packed networks compute on the CPU, got --device {arguments.device}")
+        raise ValueError(f"{what} on the CPU, got --device {arguments.device}")
     arguments.device = "cpu"
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.packed:
-        _on_the_cpu(arguments)
+        _on_the_cpu(arguments, "packed networks compute")
     model, images = _load_trained(arguments)
     if arguments.packed:
         model = pack(model)
@@ -253,26 +281,107 @@ def _pack(arguments: argparse.Namespace) -> None:
     print(f"kept: {output}, {after:,} bytes, {before / after:.1f} times smaller than {arguments.checkpoint}")
 
 
+@contextmanager
+def _processes(workers: int) -> Iterator[Executor]:
+    # A copy of this process (fork) would hold locks of threads that it does not have.
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["bnn_utils.campaign"])
+    # Ctrl-C reaches every process in a terminal; the one that keeps what was finished answers it.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=ignore)
+    try:
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():  # what they are at would be for nothing
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _client(distributed: Any, address: str) -> Any:
+    async def reach() -> None:  # a client that cannot be made would not end quietly
+        security = distributed.Security().get_connection_args("client")
+        await (await distributed.core.connect(address, timeout=CONNECT_SECONDS, **security)).close()
+
+    try:
+        asyncio.run(asyncio.wait_for(reach(), CONNECT_SECONDS + 1))  # something else may listen and never answer
+        return distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except Exception as error:  # of many kinds: sockets, the address, another version
+        raise OSError(
+            f"--cluster {address}: no scheduler answers there ({str(error) or type(error).__name__})"
+        ) from None
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[Executor]:
+    try:
+        import distributed
+    except ImportError:
+        raise ValueError("--cluster needs the package distributed: pip install 'bnn_utils[cluster]'") from None
+    if not address:
+        raise ValueError("--cluster is empty, expected the address of a scheduler, such as tcp://10.0.0.1:8786")
+    logging.disable()  # what goes wrong is told in one line
+    try:
+        with _client(distributed, address) as client:
+            yield client.get_executor()
+    except (ValueError, OSError, campaign.WorkerError):
+        raise
+    except Exception as error:  # what a scheduler raises, for example of a task that killed several workers
+        raise campaign.WorkerError(f"the cluster failed ({type(error).__name__}: {error}); --resume goes on") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _executor(arguments: argparse.Namespace) -> Iterator[Executor | None]:
+    if arguments.workers is not None:
+        with _processes(arguments.workers) as executor:
+            yield executor
+    elif arguments.cluster is not None:
+        with _cluster(arguments.cluster) as executor:
+            yield executor
+    else:
+        yield None
+
+
 def _damage(arguments: argparse.Namespace) -> None:
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
     if arguments.storage == "packed":
-        _on_the_cpu(arguments)
+        _on_the_cpu(arguments, "packed networks compute")
+    if arguments.workers is not None or arguments.cluster is not None:
+        _on_the_cpu(arguments, "workers compute")
     model, images = _load_trained(arguments)
     repairs = list(dict.fromkeys(arguments.repair))
+    trials = arguments.trials
+    if trials is None:
+        trials = FIXED_TRIALS if arguments.until is None else MOST_TRIALS
     original = evaluate(model, images)
-    table = campaign.run(
-        model,
-        images,
-        arguments.probabilities,
-        arguments.trials,
-        storage=arguments.storage,
-        repairs=repairs,
-        seed=arguments.seed,
-        error=arguments.error,
-        out=arguments.out,
-    )
+    with _executor(arguments) as executor:
+        table = campaign.run(
+            model,
+            images,
+            arguments.probabilities,
+            trials,
+            storage=arguments.storage,
+            repairs=repairs,
+            seed=arguments.seed,
+            error=arguments.error,
+            out=arguments.out,
+            executor=executor,
+            resume=arguments.resume,
+            until=arguments.until,
+            scratch=arguments.scratch,
+        )
     if arguments.error != "flip":
         print(f"error model {arguments.error}: {faults.ERRORS[arguments.error].meaning}")
     print(published_form(table, original))
+    if arguments.until is not None:
+        spent, fixed, share = campaign.saved(table)
+        print(f"stopped at ± {arguments.until:g}: {spent} trials, {share:.0%} fewer than {fixed}, as many everywhere")
 
 
 def published_form(table: pd.DataFrame, original: Evaluation) -> str:
@@ -283,8 +392,10 @@ def published_form(table: pd.DataFrame, original: Evaluation) -> str:
     """
     means = campaign.aggregate(table)
     first = means.iloc[0]
+    fewest, most = means["trials"].min(), means["trials"].max()
+    trials = f"{most}" if fewest == most else f"{fewest} to {most}"
     lines = [
-        f"{first['network']} on {first['dataset']}, {first['storage']} storage, {first['trials']} trials a "
+        f"{first['network']} on {first['dataset']}, {first['storage']} storage, {trials} trials a "
         "probability, mean ± half-width of the 95% interval",
         f"original model ==> loss:{{{original.loss:.3f}}}, acc:{{{original.accuracy:.3f}}}",
         "damaged model ==>",
@@ -326,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, campaign.WorkerError) as error:
         message = " ".join(str(error).split())
         print(f"python -m bnn_utils {parsed.command}: error: {message}", file=sys.stderr)
         return 2

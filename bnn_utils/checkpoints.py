@@ -71,14 +71,14 @@ def _save(path: str | os.PathLike[str], model: nn.Module, state: dict[str, Tenso
     versions = {"bnn_utils": bnn_utils.__version__, "torch": torch.__version__}
     described = json.dumps({"network": name, "config": config, **facts, "versions": versions})
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    header = {"format": FORMAT, "facts": described, "sha256": _checksum(described, tensors)}
+    header = {"format": FORMAT, "facts": described, "sha256": checksum(described, tensors)}
     try:
         write_beside(path, partial(save_file, tensors, metadata=header))
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from None
 
 
-def _checksum(facts: str, tensors: dict[str, Tensor]) -> str:
+def checksum(facts: str, tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of the facts and of every tensor's name, type, shape and bytes, in the order of the names."""
     digest = hashlib.sha256(facts.encode())
     for name in sorted(tensors):
@@ -130,7 +130,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         if header.get("format") not in (FORMAT, UNCHECKED):
             raise CheckpointError(f"{file}: was not written by bnn_utils (format {header.get('format')!r})")
-        if header["format"] == FORMAT and header["sha256"] != _checksum(header["facts"], state):
+        if header["format"] == FORMAT and header["sha256"] != checksum(header["facts"], state):
             raise CheckpointError(f"{file}: is damaged, its content does not have the checksum that its header names")
         return state, json.loads(header["facts"])
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:

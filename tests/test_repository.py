@@ -25,6 +25,7 @@ def text_of(name):
 
 def test_environment_says_the_same_as_pyproject():
     extras = PROJECT["optional-dependencies"]
+    assert set(extras["cluster"]) <= set(extras["lab"]) & set(extras["test"])
     wanted = set()
     for line in PROJECT["dependencies"] + extras["lab"] + extras["test"]:
         name, bound = re.fullmatch(r"([a-z0-9_-]+)(>=[0-9.]+)", line).groups()
