@@ -686,13 +686,26 @@ def mean_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
 
 
 def bounded_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
-    """Return (mean, half-width of its interval) of independent trials whose values lie in [0, 1], such as accuracies.
+    """Return (centre, half-width) of an interval for the mean of values in [0, 1], such as accuracies.
+
+    It is Student's t interval of the values and two more, a 0 and a 1. As if a failure that no trial has shown yet
+    stood for those that are rarer than one in n trials, it is never narrower than about 1.4 / n, and that is what an
+    interval needs by which a campaign stops: trials of rare failures all look alike until the first one fails, and
+    the t interval of such trials is as narrow as it is wrong. Of many trials that differ, the two hardly matter.
 
     Args:
         values: one number a trial.
         confidence: of the interval, in (0, 1).
+
+    Returns:
+        The centre is drawn towards 1/2 by about 1 / n, well within the half-width; both are NaN without any value.
+
+    Source: the two more are to the t interval what the two successes and failures of Agresti and Coull are to the
+    binomial one (Approximate is Better than "Exact" for Interval Estimation of Binomial Proportions, The American
+    Statistician 52(2), 1998). Its coverage when campaigns stop by it is simulated in the tests and in notebook 09.
     """
-    return mean_interval(values, confidence)
+    values = np.asarray(values, np.float64)
+    return mean_interval(np.append(values, (0.0, 1.0)) if len(values) else values, confidence)
 
 
 class Saving(NamedTuple):

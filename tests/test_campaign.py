@@ -6,6 +6,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from contextlib import closing
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from bnn_utils.packed import ENGINES, PackedModel, deployed, pack
 from bnn_utils.repair import REPAIRS, clip
 from bnn_utils.training import Evaluation, evaluate
 
+ROOT = Path(campaign.__file__).parents[1]
 COLUMNS = ["network", "dataset", "storage", "repair", "probability", "trial", "seed", "flips", "loss", "accuracy"]
 
 
@@ -578,3 +580,53 @@ def test_intervals():
     assert rows["value"].tolist() == [2, 5]
     halves = [stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) for values in ([1, 3], [2, 4, 9])]
     assert rows["value_half"].tolist() == pytest.approx(halves)
+
+
+# When to stop
+
+
+def _played(sample, mean, interval, until, monkeypatch, replicates=1500):
+    """Return in which share of simulated campaigns the interval at which they stopped holds the true mean."""
+    monkeypatch.setattr(campaign, "bounded_interval", interval)
+    held = 0
+    for generator in np.random.default_rng(5).spawn(replicates):
+        values, goal = np.empty(0), 30
+        while len(values) < goal:
+            values = np.append(values, sample(goal - len(values), generator))
+            goal = campaign._total_after_look([values], until, 20_000)
+        centre, half = interval(values)
+        assert half <= until
+        held += abs(centre - mean) <= half
+    return held / replicates
+
+
+@pytest.mark.parametrize("network", ["vgg_cifar10_binary", "resnet_binary"])
+def test_intervals_of_real_trials_hold_what_they_promise(network, monkeypatch):
+    # Accuracies of trained networks at p = 1e-2, most of them high and some as low as guessing.
+    table = pd.read_csv(ROOT / "figures/published/quick/06-trials.csv")
+    real = table.loc[table["network"] == network, "accuracy"].dropna().to_numpy()
+    assert len(real) > 100 and stats.skew(real) < -1
+    sample = lambda size, generator: generator.choice(real, size)  # noqa: E731
+    assert 0.93 <= _played(sample, real.mean(), campaign.bounded_interval, 0.02, monkeypatch) <= 0.97
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03, 0.1])
+def test_intervals_hold_where_failures_are_rare(share, monkeypatch):
+    def sample(size, generator):
+        return np.where(generator.random(size) < share, 0.1, 0.97) + 0.01 * generator.uniform(-1, 1, size)
+
+    mean = share * 0.1 + (1 - share) * 0.97
+    assert _played(sample, mean, campaign.bounded_interval, 0.02, monkeypatch) >= 0.93
+    if share < 0.1:  # where Student's own stops before it has seen a failure
+        assert _played(sample, mean, campaign.mean_interval, 0.02, monkeypatch) < 0.7
+
+
+def test_bounded_interval():
+    values = np.array([0.2, 0.9, 0.8, 0.85])
+    more = np.array([0.2, 0.9, 0.8, 0.85, 0, 1])
+    low, high = stats.t.interval(0.9, 5, more.mean(), stats.sem(more))
+    centre, half = campaign.bounded_interval(values, 0.9)
+    np.testing.assert_allclose((centre - half, centre + half), (low, high))
+    assert np.isnan(campaign.bounded_interval([])).all()
+    for n in (100, 1000):  # of n trials that are all alike
+        assert 1.38 / n < campaign.bounded_interval(np.full(n, 0.5))[1] < 1.42 / n
