@@ -181,7 +181,7 @@ def _verified(path: Path, connection: sqlite3.Connection, fingerprint: Mapping[s
     if facts != fingerprint:
         differing = [
             f"{name}: {facts.get(name, 'nothing')} there, {fingerprint.get(name, 'nothing')} here"
-            for name in {**facts, **fingerprint}
+            for name in {**fingerprint, **facts}
             if facts.get(name) != fingerprint.get(name)
         ]
         raise ResultsError(f"{path}: is of another campaign: {'; '.join(differing)}")

@@ -1,9 +1,17 @@
 """Campaigns against a loop written out by hand, and intervals against exact statistics."""
 
+import copy
 import math
+import os
+import pickle
+import random
+import signal
 import sqlite3
+import threading
+import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,16 +19,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from scipy import stats
 
-from bnn_utils import campaign
-from bnn_utils.campaign import aggregate, mean_interval, run, trial_seed
+from bnn_utils import campaign, results
+from bnn_utils.campaign import WorkerError, aggregate, mean_interval, run, trial_seed
 from bnn_utils.data import Images
 from bnn_utils.faults import ErrorModel, inject, inject_tensors, stored_tensors
+from bnn_utils.layers import BinarizeConv2d
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import ENGINES, PackedModel, deployed, pack
 from bnn_utils.repair import REPAIRS, clip
+from bnn_utils.results import ResultsError
 from bnn_utils.training import Evaluation, evaluate
 
 ROOT = Path(campaign.__file__).parents[1]
@@ -43,12 +54,16 @@ def model():
     return with_statistics(vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8))
 
 
-@pytest.fixture(scope="module")
-def images():
+def noise():
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (40,), generator=generator)
     return Images(pixels, labels, (0.5,), (0.25,), "noise", tuple("0123456789"))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return noise()
 
 
 def bits_of(model):
@@ -337,22 +352,212 @@ def test_more_images_than_a_batch():
         assert np.array_equal(table[["flips", "loss", "accuracy"]], expected, equal_nan=True)
 
 
-def spawned(workers):
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+# Executors
+
+
+class Shuffled(Executor):
+    """Runs tasks here, each time in another order, and delivers them later."""
+
+    def __init__(self, seed):
+        self.rng, self.tasks, self.sizes = random.Random(seed), [], []
+
+    def submit(self, function, *arguments):
+        self.tasks.append((Future(), function, arguments))
+        self.sizes.append(len(arguments[-1]))
+        if len(self.tasks) == 1:
+            threading.Timer(0.05, self.work).start()
+        return self.tasks[-1][0]
+
+    def work(self):
+        tasks, self.tasks = self.tasks, []
+        self.rng.shuffle(tasks)
+        for future, function, arguments in tasks:
+            if future.set_running_or_notify_cancel():
+                future.set_result(function(*arguments))
+
+
+def processes(workers, method="forkserver"):
+    context = get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["bnn_utils.campaign"])
+    return ProcessPoolExecutor(workers, mp_context=context)
+
+
+@pytest.fixture(scope="module")
+def dask():
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+SWEEP = dict(probabilities=[1e-2, 3e-2, 0.0], trials=7, repairs=("none", "clip", "vote-floats"))
 
 
 @pytest.mark.parametrize("storage", ["float32", "packed"])
-@pytest.mark.parametrize("executor", [ThreadPoolExecutor, spawned])
-def test_an_executor_gives_the_same_table(model, images, tmp_path, executor, storage):
-    repairs = ("none", "clip", "range", "secded", "vote-floats")
-    campaign_of = dict(probabilities=[1e-2, 1e-3, 3e-2, 0.0], trials=3, repairs=repairs, storage=storage)
+def test_an_executor_gives_the_same_table(model, images, tmp_path, storage, monkeypatch, dask):
     before = bits_of(model)
-    here = run(model, images, **campaign_of)
-    with executor(2) as workers:
-        there = run(model, images, **campaign_of, executor=workers, out=tmp_path / "t.csv")
-    pd.testing.assert_frame_equal(here, there)
-    pd.testing.assert_frame_equal(here, pd.read_csv(tmp_path / "t.csv"))
+    here = run(model, images, **SWEEP, storage=storage)
+    pools = [Shuffled(0), processes(2), Shuffled(1)]
+    if storage == "packed":
+        pools += [processes(1, "spawn"), ThreadPoolExecutor(2)]
+    for index, pool in enumerate([*pools, dask.get_executor()]):
+        monkeypatch.setattr(campaign, "TASK_SECONDS", [1, 1e-4, 0.02][index % 3])  # other cuts into tasks
+        out = tmp_path / f"{index}{['.sqlite', '.csv'][index % 2]}"
+        there = run(model, images, **SWEEP, storage=storage, executor=pool, out=out)
+        pd.testing.assert_frame_equal(here, there)
+        if out.suffix == ".csv":
+            there = pd.read_csv(out)
+        else:
+            there = run(model, images, **SWEEP, storage=storage, out=out, resume=True)
+        pd.testing.assert_frame_equal(here, there)
+        pool.shutdown()
     assert bits_of(model) == before
+
+
+def test_tasks_hold_several_trials_and_scratch_is_left_empty(model, images, tmp_path, monkeypatch):
+    pool = Shuffled(0)
+    run(model, images, [1e-2, 1e-3], 40, executor=pool, scratch=tmp_path)
+    assert sum(pool.sizes) == 80 and len(pool.sizes) < 20
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(campaign, "MOST_TASKS", 5)
+    monkeypatch.setattr(campaign, "TASK_SECONDS", 1e-9)
+    pool = Shuffled(0)
+    run(model, images, [1e-2], 101, executor=pool)
+    assert pool.sizes == [1] + [20] * 5
+
+
+def test_network_and_images_are_loaded_once_a_worker(model, images, monkeypatch):
+    loads = []
+    load = safetensors.torch.load
+    monkeypatch.setattr(safetensors.torch, "load", lambda content: loads.append(len(content)) or load(content))
+    monkeypatch.setattr(campaign, "TASK_SECONDS", 1e-9)
+    with ThreadPoolExecutor(2) as pool:
+        run(model, images, [1e-2, 1e-3], 30, executor=pool)
+        assert 1 <= len(loads) <= 2 and min(loads) > images.pixels.numel()
+        run(model, images, [1e-2, 1e-3], 2, executor=pool)  # another campaign
+    assert len(loads) <= 4
+
+
+def test_a_task_is_small(images):
+    class Weighs(Shuffled):
+        def submit(self, function, *arguments):
+            weights.append(len(pickle.dumps(arguments)))
+            return super().submit(function, *arguments)
+
+    weights = []
+    model = vgg_cifar10_binary(width=0.25, in_channels=1, input_size=8).eval()
+    run(model, images, [1e-3], 1, executor=Weighs(0))
+    assert max(weights) < 20_000 < 4 * sum(x.numel() for x in model.parameters())
+
+
+def test_a_network_of_ones_own_with_shared_weights_travels_too(images):
+    torch.manual_seed(0)
+    first, shared = BinarizeConv2d(1, 4, 3, padding=1, binarize_input=False), BinarizeConv2d(4, 4, 3, padding=1)
+    twice = BinarizeConv2d(4, 4, 3, padding=1)
+    twice.weight = shared.weight
+    model = torch.nn.Sequential(
+        first, shared, torch.nn.BatchNorm2d(4), twice, torch.nn.Flatten(), torch.nn.LazyLinear(10)
+    )
+    model(images[:2][0])
+    model = with_statistics(model.to(memory_format=torch.channels_last))
+    here = run(model, images, [1e-2, 0.1], 6)
+    assert here["accuracy"].nunique() > 2
+    with processes(2) as pool:
+        pd.testing.assert_frame_equal(run(model, images, [1e-2, 0.1], 6, executor=pool), here)
+
+
+def test_a_worker_that_cannot_read_scratch_says_so(model, images, tmp_path):
+    class Elsewhere(Shuffled):
+        def submit(self, function, *arguments):
+            for path in tmp_path.glob("*/*"):
+                path.write_bytes(self.content) if self.content else path.unlink()
+            return super().submit(function, *arguments)
+
+    for content, said in [(b"", "cannot read"), (b"other", "other bytes")]:
+        pool = Elsewhere(0)
+        pool.content = content
+        pool.work = lambda pool=pool: [
+            future.set_exception(failure_of(function, arguments)) for future, function, arguments in pool.tasks
+        ]
+        with pytest.raises(OSError, match=f"{said}.*scratch"):
+            run(model, images, [1e-2], 2, executor=pool, scratch=tmp_path)
+    with pytest.raises(FileNotFoundError, match="scratch"):
+        run(model, images, [1e-2], 2, executor=pool, scratch=tmp_path / "nowhere")
+
+
+def failure_of(function, arguments):
+    try:
+        function(*arguments)
+    except Exception as error:
+        return error
+
+
+class Kills(Executor):
+    """Passes tasks on, and kills a worker process before some of them."""
+
+    def __init__(self, pool, victims, moments):
+        self.pool, self.victims, self.moments, self.count = pool, victims, moments, 0
+
+    def submit(self, function, *arguments):
+        future = self.pool.submit(function, *arguments)
+        self.count += 1
+        if self.count in self.moments:
+            threading.Timer(0.1, lambda: os.kill(self.victims()[0], signal.SIGKILL)).start()
+        return future
+
+
+LONG = dict(probabilities=[1e-3, 3e-3, 1e-2], trials=60, repairs=("none", "clip"))
+
+
+@pytest.fixture(scope="module")
+def whole(images):
+    torch.manual_seed(0)
+    model = with_statistics(vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8))
+    return run(model, images, **LONG)
+
+
+def check_part(path, whole):
+    """Return how many trials a results file holds, after seeing that each is whole, there once, and as it should."""
+    with closing(sqlite3.connect(path)) as connection:
+        rows = pd.read_sql("SELECT * FROM trials", connection).drop(columns="checksum")
+    keys = ["probability", "trial", "repair"]
+    assert not rows.duplicated(keys).any()
+    assert len(rows) == 2 * len(rows[["probability", "trial"]].drop_duplicates())
+    expected = whole.set_index(keys).loc[list(rows[keys].itertuples(index=False, name=None))].reset_index()
+    pd.testing.assert_frame_equal(rows, expected[rows.columns], check_dtype=False)
+    return len(rows) // 2
+
+
+def test_a_killed_worker_of_a_pool_is_told_and_nothing_finished_is_lost(model, images, tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(campaign, "TASK_SECONDS", 0.01)
+    out = tmp_path / "t.sqlite"
+    pool = processes(2)
+    killing = Kills(pool, lambda: list(pool._processes), {5})
+    with pytest.raises(WorkerError, match=rf"{out}; go on with resume"):
+        run(model, images, **LONG | dict(trials=100_000), executor=killing, out=out)
+    pool.shutdown()
+    with closing(sqlite3.connect(out)) as connection, connection:
+        beyond = connection.execute("SELECT COUNT(*) FROM trials WHERE trial >= 60").fetchone()[0]
+    with processes(1) as pool:
+        pd.testing.assert_frame_equal(run(model, images, **LONG, executor=pool, out=out, resume=True), whole)
+    if not beyond:
+        assert check_part(out, whole) == 180
+
+
+def test_a_killed_worker_of_a_cluster_does_not_show(model, images, monkeypatch, dask, whole):
+    monkeypatch.setattr(campaign, "TASK_SECONDS", 0.01)
+
+    def victims():
+        return list(dask.run(os.getpid).values())
+
+    pids = victims()
+    killing = Kills(dask.get_executor(), lambda: pids, {20})
+    pd.testing.assert_frame_equal(run(model, images, **LONG, executor=killing), whole)
+    dask.wait_for_workers(2, timeout=30)
+    assert set(victims()) != set(pids)
 
 
 def test_a_task_that_fails_leaves_the_finished_ones(model, images, tmp_path):
@@ -464,6 +669,11 @@ def test_missing_folder_is_not_made(model, images, tmp_path):
         dict(repairs=("none", "pray")),
         dict(targets=("weights", "nothing")),
         dict(seed=-1),
+        dict(repairs=("none", "none")),
+        dict(until=0.0),
+        dict(until=1.0),
+        dict(until=math.nan),
+        dict(until=0.1, least=1),
     ],
 )
 def test_wrong_arguments(model, images, tmp_path, arguments):
@@ -473,6 +683,233 @@ def test_wrong_arguments(model, images, tmp_path, arguments):
         run(model, images, **arguments, out=tmp_path / "t.csv")
     assert list(tmp_path.iterdir()) == []
     assert bits_of(model) == before
+
+
+# Resumed
+
+
+def killed_main(out):
+    torch.manual_seed(0)
+    model = with_statistics(vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8))
+    run(model, noise(), **LONG, out=out, resume=True)
+
+
+def killed_again_and_again(out, whole, kills, seed):
+    """Start the sweep in processes that are killed, check the file after each; return how often it was not done."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["bnn_utils.campaign"])
+    rng = random.Random(seed)
+    before = early = 0
+    for _ in range(kills):
+        process = context.Process(target=killed_main, args=(out,))
+        process.start()
+        if rng.random() < 0.8:  # else it may be killed before it has begun
+            until = time.monotonic() + 20
+            while not out.exists() and process.is_alive() and time.monotonic() < until:
+                time.sleep(0.005)
+        process.join(rng.expovariate(4))
+        early += process.is_alive()
+        process.kill()
+        process.join()
+        if out.exists():
+            reached = check_part(out, whole)
+            assert reached >= before
+            before = reached
+    return early
+
+
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(model, images, tmp_path, whole):
+    out = tmp_path / "t.sqlite"
+    killed_again_and_again(out, whole, 3, seed=0)
+    pd.testing.assert_frame_equal(run(model, images, **LONG, out=out, resume=True), whole)
+    assert check_part(out, whole) == 180
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_twenty_times_and_resumed_equals_uninterrupted(model, images, tmp_path, whole, seed):
+    out = tmp_path / "t.sqlite"
+    killed_again_and_again(out, whole, 20, seed)
+    pd.testing.assert_frame_equal(run(model, images, **LONG, out=out, resume=True), whole)
+    assert check_part(out, whole) == 180
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_twenty_killed_workers(model, images, tmp_path, monkeypatch, whole, seed):
+    monkeypatch.setattr(campaign, "TASK_SECONDS", 0.01)
+    out = tmp_path / "t.sqlite"
+    with processes(2) as pool:
+        killing = Kills(pool, lambda: list(pool._processes) or [2**22 + 1], {random.Random(seed).randrange(1, 12)})
+        try:
+            run(model, images, **LONG, executor=killing, out=out)
+        except WorkerError:
+            check_part(out, whole)
+    pd.testing.assert_frame_equal(run(model, images, **LONG, out=out, resume=True), whole)
+
+
+def counted(monkeypatch):
+    calls = []
+    evaluate = campaign.evaluate
+    monkeypatch.setattr(campaign, "evaluate", lambda *arguments: calls.append(1) or evaluate(*arguments))
+    return calls
+
+
+def test_a_resumed_campaign_runs_only_what_is_missing(model, images, tmp_path, monkeypatch):
+    out = tmp_path / "t.sqlite"
+    calls = counted(monkeypatch)
+    small = run(model, images, [1e-2], 3, repairs=("none", "clip"), out=out, resume=True)
+    assert len(calls) == 6
+    whole = run(model, images, [3e-2, 1e-2], 5, repairs=("none", "clip"))
+    calls.clear()
+    more = run(model, images, [3e-2, 1e-2], 5, repairs=("none", "clip"), out=out, resume=True)
+    assert len(calls) == 2 * (2 + 5)
+    pd.testing.assert_frame_equal(more, whole)
+    again = run(model, images, [1e-2], 3, repairs=("none", "clip"), out=out, resume=True)
+    pd.testing.assert_frame_equal(again, small)
+    assert len(calls) == 2 * (2 + 5)
+    assert check_part(out, whole) == 10
+
+
+def test_only_results_files_are_resumed(model, images, tmp_path):
+    out = tmp_path / "t.sqlite"
+    run(model, images, [1e-2], 1, out=out)
+    before = out.read_bytes()
+    with pytest.raises(FileExistsError, match="resume"):
+        run(model, images, [1e-2], 1, out=out)
+    for other in (None, tmp_path / "t.csv"):
+        with pytest.raises(ValueError, match="resume"):
+            run(model, images, [1e-2], 1, out=other, resume=True)
+    with pytest.raises(ValueError, match=r"\.csv, \.sqlite or \.db"):
+        run(model, images, [1e-2], 1, out=tmp_path / "t.xlsx")
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(seed=1), "seed: 0 there, 1 here"),
+        (dict(storage="packed"), "storage: float32 there, packed here"),
+        (dict(repairs=("none",)), "repairs: none, clip there, none here"),
+        (dict(repairs=("clip", "none")), "repairs: none, clip there, clip, none here"),
+        (dict(targets=("weights",)), "targets: weights, biases, bn_scale, .* there, weights here"),
+        (dict(error="stuck-at-0"), "error: zero_to_one 1.0, .* there, zero_to_one 0.0, .* here; injection: "),
+        (dict(error=ErrorModel("", "", length=2)), "error: .*length 1.* there, .*length 2.* here; injection: "),
+        ("weight", "network's SHA-256: .* here$"),
+        ("network", "network: vgg_cifar10_binary there, resnet_binary here; config: .*; network's SHA-256"),
+        ("pixel", "images' SHA-256: .* here$"),
+        ("label", "images' SHA-256: .* here$"),
+        ("mean", "images' SHA-256: .* here$"),
+        ("fewer", "images: 40 there, 39 here; images' SHA-256"),
+        ("name", "dataset: noise there, other here$"),
+        ("floats", "arithmetic: packed integers there, torch.float32 on cpu here$"),
+        ("streams", "injection: .* here$"),
+    ],
+)
+def test_another_campaign_is_told_line_by_line(model, images, tmp_path, monkeypatch, change, said):
+    out = tmp_path / "t.sqlite"
+    setting = dict(repairs=("none", "clip"))
+    run(model, images, [1e-2], 1, **setting, out=out)
+    other, data = copy.deepcopy(model), images
+    if change == "weight":
+        with torch.no_grad():
+            other.features[3].weight[0, 0, 0, 0].neg_()
+    elif change == "network":
+        other = resnet_binary(width=0.02, in_channels=1, input_size=8).eval()
+    elif change == "pixel":
+        data = replace(images, pixels=images.pixels.clone())
+        data.pixels[7, 0, 3, 2] ^= 1
+    elif change == "label":
+        data = replace(images, labels=images.labels.roll(1))
+    elif change == "mean":
+        data = replace(images, mean=(0.50001,))
+    elif change == "fewer":
+        data = images.limit(39)
+    elif change == "name":
+        data = replace(images, dataset="other")
+    elif change == "floats":
+        monkeypatch.setattr(campaign, "deployed", lambda network: network)
+    elif change == "streams":
+        seed = campaign.trial_seed
+        monkeypatch.setattr(campaign, "trial_seed", lambda *arguments: seed(*arguments) + 1)
+    else:
+        setting |= change
+    before = out.read_bytes()
+    with pytest.raises(ResultsError, match=f"^{out}: is of another campaign: {said}"):
+        run(other, data, [1e-2], 1, **setting, out=out, resume=True)
+    assert out.read_bytes() == before
+
+
+def test_latent_weights_are_not_stored_and_do_not_matter(model, images, tmp_path):
+    table = run(model, images, [1e-2], 2, out=tmp_path / "t.sqlite")
+    with torch.no_grad():
+        model.features[3].weight.mul_(0.5)
+    pd.testing.assert_frame_equal(run(model, images, [1e-2], 2, out=tmp_path / "t.sqlite", resume=True), table)
+
+
+def test_a_full_disk_is_told_and_the_network_is_as_it_was(model, images, tmp_path, monkeypatch):
+    out, before, written = tmp_path / "t.sqlite", bits_of(model), []
+    append = results.Results.append
+
+    def full(kept, rows):
+        if written:
+            kept._connection.execute("PRAGMA max_page_count = 1")
+        written.append(len(rows))
+        append(kept, rows)
+
+    monkeypatch.setattr(results.Results, "append", full)
+    monkeypatch.setattr(campaign, "WRITE_SECONDS", 0.05)
+    with pytest.raises(OSError, match=rf"{out}: cannot be written \(database or disk is full\)"):
+        run(model, images, [1e-2], 3000, out=out)
+    assert bits_of(model) == before
+    monkeypatch.undo()
+    few = run(model, images, [1e-2], 5)
+    pd.testing.assert_frame_equal(run(model, images, [1e-2], 5, out=out, resume=True), few)
+
+
+# Until the interval is narrow enough
+
+
+def looks_by_hand(table, until, least, most, repairs):
+    """Return the trials after which a probability stops, from a table of `most` trials of it."""
+    n = min(least, most)
+    while True:
+        own = table[table["trial"] < n]
+        half = max(campaign.bounded_interval(own[own["repair"] == repair]["accuracy"])[1] for repair in repairs)
+        if half <= until or n == most:
+            return n
+        n = min(max(math.ceil(1.1 * n * (half / until) ** 2), n + 1), 2 * n, most)
+
+
+def test_until_stops_at_the_planned_looks_whoever_runs_it(model, images, tmp_path, monkeypatch):
+    repairs, ps, most = ("none", "clip"), [0.0, 1e-3, 1e-2], 50
+    sweep = dict(probabilities=ps, trials=most, repairs=repairs, until=0.015, least=6)
+    here = run(model, images, **sweep, out=tmp_path / "t.sqlite")
+    counts = here.groupby("probability")["trial"].nunique()
+    full = run(model, images, ps, most, repairs=repairs)
+    by_hand = [looks_by_hand(full[full["probability"] == p], 0.015, 6, most, repairs) for p in ps]
+    assert counts.tolist() == by_hand
+    assert counts[0.0] == 6 and counts.max() <= most and counts.nunique() > 2
+    kept = full[full["trial"] < full["probability"].map(counts)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(here, kept)
+    for pool in (Shuffled(0), ThreadPoolExecutor(2)):
+        monkeypatch.setattr(campaign, "TASK_SECONDS", 0.01)
+        out = tmp_path / "other.db"
+        pd.testing.assert_frame_equal(run(model, images, **sweep, executor=pool, out=out), here)
+        assert check_part(out, full) == counts.sum()  # none was run in vain
+        out.unlink()
+
+    calls = counted(monkeypatch)
+    pd.testing.assert_frame_equal(run(model, images, **sweep, out=tmp_path / "t.sqlite", resume=True), here)
+    assert not calls
+    run(model, images, ps, most, repairs=repairs, out=tmp_path / "t.sqlite", resume=True)
+    calls.clear()  # with more in the file than the looks ask for, they are the same looks
+    pd.testing.assert_frame_equal(run(model, images, **sweep, out=tmp_path / "t.sqlite", resume=True), here)
+    assert not calls
+
+    spent, fixed, share = campaign.saved(here)
+    assert (spent, fixed) == (counts.sum(), 3 * counts.max())
+    assert share == pytest.approx(1 - spent / fixed)
 
 
 # Statistics
