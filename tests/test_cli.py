@@ -1,21 +1,25 @@
 """The command line as a user meets it: what it prints, what it keeps, and one line for every mistake."""
 
+import multiprocessing
 import os
 import re
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
@@ -67,6 +71,8 @@ def world(tmp_path_factory):
     (world / "empty").mkdir()
     (world / "a-file").write_text("no folder")
     (world / "trials.csv").write_text("precious")
+    (world / "trials.sqlite").write_text("precious")
+    (world / "trials.sqlite.lock").touch()
     pictures(world / "pictures/train", "ab")
     pictures(world / "pictures/test", "ab")
     pictures(world / "differing/train", "ab")
@@ -245,6 +251,69 @@ def test_damage_with_every_repair(best, capsys):
     lines = capsys.readouterr().out.splitlines()[4:]
     words = ["damaged", "clipped", *(name for name in REPAIRS if name not in ("none", "clip"))]
     assert [line.split(" loss:")[0] for line in lines] == words
+
+
+def damage(best, *options):
+    chosen = ["--probabilities", "1e-3", "1e-2", "--limit", 20, *options]
+    return run(["damage", "-e", best, "--dataset", "digits", *chosen])
+
+
+def test_damage_goes_on_with_a_results_file_and_with_workers(best, tmp_path, capsys):
+    assert damage(best, "--trials", 12) == 0
+    whole = capsys.readouterr().out
+    out = tmp_path / "t.sqlite"
+    for options in (["--trials", 5], ["--trials", 9, "--resume", "--workers", 2], ["--trials", 12, "--resume"]):
+        assert damage(best, *options, "--out", out, "--scratch", tmp_path) == 0
+    assert capsys.readouterr().out.endswith(whole)
+    assert rows_in(out) == 2 * 2 * 12
+    assert {path.name for path in tmp_path.iterdir()} <= {"t.sqlite", "t.sqlite.lock"}
+    assert damage(best, "--trials", 12, "--seed", 1, "--out", out, "--resume") == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"{out}: is of another campaign: seed: 0 there, 1 here")
+
+
+def test_damage_until_an_interval(best, capsys):
+    assert damage(best, "--until", "0.04", "--trials", 40) == 0
+    printed = capsys.readouterr().out.splitlines()
+    model, _ = checkpoints.load(best)
+    images = data.digits().test.limit(20)
+    table = campaign.run(model, images, [1e-3, 1e-2], 40, repairs=("none", "clip"), until=0.04)
+    assert printed[:-1] == cli.published_form(table, evaluate(model, images)).splitlines()
+    trials = table.groupby("probability")["trial"].nunique()
+    assert re.search(rf"± 0.04: {trials.sum()} trials, \d+% fewer than {2 * trials.max()}", printed[-1])
+
+
+def test_damage_on_a_cluster(best, capsys):
+    distributed = pytest.importorskip("distributed")
+    assert damage(best, "--trials", 3) == 0
+    here = capsys.readouterr().out
+    with distributed.LocalCluster(
+        1, threads_per_worker=2, processes=False, dashboard_address=None, protocol="tcp"
+    ) as c:
+        assert damage(best, "--trials", 3, "--cluster", c.scheduler_address) == 0
+    assert capsys.readouterr().out == here
+
+
+def test_a_missing_package_for_clusters_is_told(best, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert damage(best, "--cluster", "tcp://127.0.0.1:1") == 2
+    assert "bnn_utils[cluster]" in capsys.readouterr().err
+
+
+def test_a_killed_worker_is_told_in_one_line_and_the_sweep_goes_on(best, tmp_path, capfd):
+    def kill():
+        while not rows_in(out) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        multiprocessing.active_children()[0].kill()
+
+    out, deadline = tmp_path / "t.sqlite", time.monotonic() + 60
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert damage(best, "--trials", 10**6, "--out", out, "--workers", 1) == 2
+    killer.join()
+    last = capfd.readouterr().err.replace("\r", "\n").rstrip().splitlines()[-1]
+    assert last.strip().startswith("python -m bnn_utils damage: error: ")
+    assert last.endswith(f"what was finished is kept in {out}; go on with resume")
+    assert damage(best, "--trials", 2, "--out", out, "--resume") == 0
 
 
 def test_nothing_right_has_no_rate():
@@ -558,6 +627,26 @@ BAD = [
     bad(f"{DAMAGE} --trials 1 --out trials.csv", "trials.csv"),
     bad(f"{DAMAGE} --trials 1 --out empty", "empty"),
     bad(f"{DAMAGE} --trials 1 --out nowhere/new.csv", "nowhere"),
+    bad(f"{DAMAGE} --trials 1 --out new.txt", ".csv, .sqlite or .db"),
+    bad(f"{DAMAGE} --trials 1 --out trials.sqlite", "trials.sqlite"),
+    bad(f"{DAMAGE} --trials 1 --out trials.sqlite --resume", "trials.sqlite: is damaged or not a results file"),
+    bad(f"{DAMAGE} --trials 1 --out trials.csv --resume", "trials.csv"),
+    bad(f"{DAMAGE} --trials 1 --out empty --resume", "empty"),
+    bad(f"{DAMAGE} --trials 1 --resume", "resume needs out"),
+    bad(f"{DAMAGE} --workers 0", "--workers must be at least 1, got 0"),
+    bad(f"{DAMAGE} --workers -1", "--workers"),
+    bad(f"{DAMAGE} --workers two", "--workers"),
+    bad(f"{DAMAGE} --workers 2 --cluster tcp://127.0.0.1:1", "not allowed with"),
+    bad(f"{DAMAGE} --workers 2 --device cuda", "workers compute on the CPU, got --device cuda"),
+    bad(f"{DAMAGE} --cluster=", "--cluster is empty"),
+    bad(f"{DAMAGE} --cluster abc:de", "--cluster abc:de: no scheduler answers there"),
+    bad(f"{DAMAGE} --cluster tls://127.0.0.1:1", "--cluster tls://127.0.0.1:1: no scheduler answers there"),
+    bad(f"{DAMAGE} --cluster tcp://127.0.0.1:1 --out new.sqlite", "no scheduler answers there"),
+    bad(f"{DAMAGE} --until 0", "until"),
+    bad(f"{DAMAGE} --until 1", "until"),
+    bad(f"{DAMAGE} --until nan", "until"),
+    bad(f"{DAMAGE} --until soon", "--until"),
+    bad(f"{DAMAGE} --scratch nowhere --out new.sqlite", "nowhere"),
 ]
 
 
@@ -585,3 +674,81 @@ def test_bad_input_in_a_process_of_its_own(world):
     assert err.count("\n") == 1
     assert "cut.safetensors" in err
     assert tree(world) == before
+
+
+# Anything at all: exit status 0 or 2, one line, never a traceback
+
+
+def ends_well(arguments, capsys):
+    """Run the command line in this process; an exception would come out of it."""
+    capsys.readouterr()
+    status = run(arguments)
+    err = capsys.readouterr().err
+    assert status in (0, 2), (arguments, err)
+    if status == 2:
+        assert err.replace("\r", "\n").rstrip().splitlines()[-1].startswith("python -m bnn_utils"), err
+    return status
+
+
+SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@SLOW
+@given(data=st.data())
+def test_a_damaged_checkpoint_is_told_or_does_no_harm(best, capsys, data):
+    content = bytearray(best.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(st.integers(0, 3))):  # most in the header, the smaller part
+        most = data.draw(st.sampled_from([16, header, len(content)])) - 1
+        content[data.draw(st.integers(0, most))] ^= 1 << data.draw(st.integers(0, 7))
+    length = data.draw(st.one_of(st.just(len(content)), st.integers(0, header + 9), st.integers(0, len(content))))
+    broken = best.parent.parent.parent / "broken.safetensors"
+    broken.write_bytes(content[:length])
+    try:
+        status = ends_well(["evaluate", "-e", broken, "--dataset", "digits", "--limit", 2], capsys)
+    finally:
+        broken.unlink()
+    assert (status == 0) <= (length == len(content))
+
+
+WORDS = st.one_of(
+    st.sampled_from(["digits", "images", "nan", "inf", "-1", "0", "1", "2", "1e-3", "1e400", "", ".", "/", "\0", "é"]),
+    st.sampled_from(["flip", "burst", "none", "clip", "packed", "float32", "cpu", "a-file", "empty", "broken.sqlite"]),
+    st.text(max_size=5),
+)
+OPTIONS = [
+    "--probabilities",
+    "--trials",
+    "--storage",
+    "--error",
+    "--repair",
+    "--seed",
+    "--limit",
+    "--until",
+    "--device",
+]
+OPTIONS += ["--scratch", "--out", "--resume", "--data-path", "--dataset", "--workers", "--cluster", "-e", "--help"]
+
+
+@SLOW
+@given(
+    command=st.sampled_from(["damage", "damage", "evaluate", "pack"]),
+    drawn=st.lists(st.tuples(st.sampled_from(OPTIONS), st.lists(WORDS, max_size=2)), max_size=4),
+)
+def test_any_arguments(best, world, tmp_path, monkeypatch, capsys, command, drawn):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "CONNECT_SECONDS", 0.1)
+    arguments = [command, "-e", best]
+    if command == "pack":
+        arguments += ["-o", "x.safetensors"]
+    else:
+        arguments += ["--dataset", "digits", "--limit", 2]
+    if command == "damage":
+        arguments += ["--trials", 2, "--probabilities", "1e-2"]
+    for option, values in drawn:
+        if option == "--workers":  # processes take seconds to start
+            values = [value for value in values if not value.isdigit()]
+        arguments += [option, *values]
+    with suppress(FileNotFoundError):
+        Path("x.safetensors").unlink()
+    ends_well(arguments, capsys)
