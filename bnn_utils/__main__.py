@@ -33,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())  # an argument may hold line breaks
         self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
 
 

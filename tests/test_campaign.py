@@ -688,50 +688,54 @@ def test_wrong_arguments(model, images, tmp_path, arguments):
 # Resumed
 
 
-def killed_main(out):
+def killed_main(out, trials):
     torch.manual_seed(0)
     model = with_statistics(vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8))
-    run(model, noise(), **LONG, out=out, resume=True)
+    run(model, noise(), **LONG | dict(trials=trials), out=out, resume=True)
 
 
 def killed_again_and_again(out, whole, kills, seed):
-    """Start the sweep in processes that are killed, check the file after each; return how often it was not done."""
+    """Start the sweep in processes that are killed, check the file after each; return how many trials it had each time.
+
+    Half of the processes are killed anywhere, in their first second, the others once they have added to the file.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(["bnn_utils.campaign"])
     rng = random.Random(seed)
-    before = early = 0
+    reached = [0]
     for _ in range(kills):
-        process = context.Process(target=killed_main, args=(out,))
+        changed = out.stat().st_mtime_ns if out.exists() else 0
+        process = context.Process(target=killed_main, args=(out, whole["trial"].nunique()))
         process.start()
-        if rng.random() < 0.8:  # else it may be killed before it has begun
-            until = time.monotonic() + 20
-            while not out.exists() and process.is_alive() and time.monotonic() < until:
-                time.sleep(0.005)
-        process.join(rng.expovariate(4))
-        early += process.is_alive()
+        if rng.random() < 0.5:
+            process.join(rng.random())
+        else:
+            while process.is_alive() and (not out.exists() or out.stat().st_mtime_ns == changed):
+                time.sleep(0.002)
+            process.join(rng.expovariate(5))
         process.kill()
         process.join()
         if out.exists():
-            reached = check_part(out, whole)
-            assert reached >= before
-            before = reached
-    return early
+            reached.append(check_part(out, whole))
+    assert reached == sorted(reached)
+    return reached
 
 
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(model, images, tmp_path, whole):
     out = tmp_path / "t.sqlite"
-    killed_again_and_again(out, whole, 3, seed=0)
+    assert killed_again_and_again(out, whole, 3, seed=0)[-1] > 0
     pd.testing.assert_frame_equal(run(model, images, **LONG, out=out, resume=True), whole)
     assert check_part(out, whole) == 180
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(5))
-def test_killed_twenty_times_and_resumed_equals_uninterrupted(model, images, tmp_path, whole, seed):
-    out = tmp_path / "t.sqlite"
-    killed_again_and_again(out, whole, 20, seed)
-    pd.testing.assert_frame_equal(run(model, images, **LONG, out=out, resume=True), whole)
-    assert check_part(out, whole) == 180
+def test_killed_twenty_times_and_resumed_equals_uninterrupted(model, images, tmp_path, seed):
+    out, sweep = tmp_path / "t.sqlite", LONG | dict(trials=300)
+    whole = run(model, images, **sweep)
+    assert len(set(killed_again_and_again(out, whole, 20, seed))) > 5
+    pd.testing.assert_frame_equal(run(model, images, **sweep, out=out, resume=True), whole)
+    assert check_part(out, whole) == 900
 
 
 @pytest.mark.soak

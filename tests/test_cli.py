@@ -523,6 +523,7 @@ RESUME = f"{' '.join(TRAIN)} --epochs 2 --save run --resume"
 BAD = [
     bad("", "{train,evaluate,damage,pack}"),
     bad("dance", "dance"),
+    pytest.param(["dance\nnow\x1e"], "dance now", id="line breaks"),
     bad("train --dataset digits", "--model"),
     bad("train --model alexnet --dataset digits", "alexnet"),
     bad("train --model resnet_binary --dataset imagenet", "imagenet"),
@@ -657,7 +658,7 @@ def test_bad_input(world, monkeypatch, capsys, arguments, said):
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     before = tree(world)
-    assert run(arguments.split()) == 2
+    assert run(arguments.split() if isinstance(arguments, str) else arguments) == 2
     err = capsys.readouterr().err
     assert err.endswith("\n")
     assert err.count("\n") == 1, err
