@@ -603,8 +603,8 @@ def run(
         until: the half-width of the 95% interval of accuracy, see `bounded_interval`, at which a probability has
             enough trials, for every repair; None runs `trials` of each.
         least: with `until`, trials before the first look at the interval, at least 2.
-        scratch: a folder that all workers see, where the network and the images lie meanwhile; None is the system's
-            folder for temporary files.
+        scratch: a folder that all workers see, where the network and the images lie meanwhile, in a folder
+            bnn_utils-…, which a process that is killed leaves behind; None is the system's for temporary files.
 
     Returns:
         Table with the columns of COLUMNS, sorted by probability, trial and the order of `repairs`; flips of the

@@ -523,7 +523,7 @@ RESUME = f"{' '.join(TRAIN)} --epochs 2 --save run --resume"
 BAD = [
     bad("", "{train,evaluate,damage,pack}"),
     bad("dance", "dance"),
-    pytest.param(["dance\nnow\x1e"], "dance now", id="line breaks"),
+    pytest.param(["evaluate", "-e", "x", "--dataset", "digits", "dance\nnow\x1e"], "dance now", id="line breaks"),
     bad("train --dataset digits", "--model"),
     bad("train --model alexnet --dataset digits", "alexnet"),
     bad("train --model resnet_binary --dataset imagenet", "imagenet"),
