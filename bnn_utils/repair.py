@@ -139,9 +139,13 @@ def correct(words: NDArray[np.uint64], check: NDArray[np.uint8]) -> NDArray[np.u
     return words ^ _ERRORS[encode(words) ^ check]
 
 
-def majority(a: NDArray[np.uint8], b: NDArray[np.uint8], c: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return, bit by bit, what at least two of three arrays of one shape say."""
-    return a & b | a & c | b & c
+def majority(*reads: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return, bit by bit, what most of an odd number of arrays of one shape say."""
+    if len(reads) == 3:
+        a, b, c = reads
+        return a & b | a & c | b & c
+    ones = sum(np.unpackbits(read).astype(np.uint8) for read in reads)
+    return np.packbits(ones > len(reads) // 2)
 
 
 def _memory(tensor: Tensor) -> NDArray[np.uint8]:
@@ -225,21 +229,26 @@ def secded(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> Plan:
     return _guarded(model, targets, lambda used: {"check": encode(_words(used))}, read)
 
 
-def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> Plan:
-    """Plan to store two more copies, in whole bytes, and to read each bit as at least two of the three say.
+def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS, reads: int = 3) -> Plan:
+    """Plan to store more copies, in whole bytes, and to read each bit as most of them say.
 
-    A bit is wrong with probability 3 p^2 - 2 p^3 where each of the three is with probability p, independently.
+    Where each read is wrong with probability p, independently, most of three are with 3 p^2 - 2 p^3, most of five with
+    10 p^3 - 15 p^4 + 6 p^5.
 
     Args:
         targets: what is copied, in the words of `bnn_utils.faults.inject`.
+        reads: how often each bit is stored, its own place included: an odd number, at least 3.
 
     Raises:
-        ValueError: a target names nothing that the network stores.
+        ValueError: a target names nothing that the network stores, or `reads` is another number.
 
     Source: R. E. Lyons and W. Vanderkulk, The Use of Triple-Modular Redundancy to Improve Computer Reliability, IBM
     Journal of Research and Development 6(2), 1962.
     """
-    return _guarded(model, targets, lambda used: {"copy 1": used.copy(), "copy 2": used.copy()}, majority)
+    if reads < 3 or reads % 2 == 0:
+        raise ValueError(f"reads must be an odd number of at least 3, got {reads}")
+    copies = [f"copy {number}" for number in range(1, reads)]
+    return _guarded(model, targets, lambda used: {copy: used.copy() for copy in copies}, majority)
 
 
 def both(first: Plan, second: Plan) -> Plan:
@@ -271,6 +280,7 @@ REPAIRS: dict[str, Callable[[nn.Module], Plan]] = {
     "secded": secded,
     "vote-floats": partial(vote, targets=FLOATS),
     "vote-range": lambda model: both(vote(model, FLOATS), range_check(model)),
+    "vote5-range": lambda model: both(vote(model, FLOATS, reads=5), range_check(model)),
     "vote": vote,
 }
 

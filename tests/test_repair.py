@@ -222,21 +222,31 @@ def test_residual_word_errors_of_the_code_are_those_of_two_errors_or_more():
 # The vote
 
 
-def test_majority_of_every_three_bits():
-    a, b, c = (np.array([sum((case >> which & 1) << case for case in range(8))], np.uint8) for which in range(3))
-    expected = sum((bin(case).count("1") >= 2) << case for case in range(8))
-    assert majority(a, b, c).tolist() == [expected]
+@pytest.mark.parametrize("reads", [3, 5, 7])
+def test_majority_of_every_pattern_of_bits(reads):
+    cases = range(1 << reads)
+    arrays = [np.packbits([case >> which & 1 for case in cases]) for which in range(reads)]
+    expected = np.packbits([2 * case.bit_count() > reads for case in cases])
+    assert majority(*arrays).tolist() == expected.tolist()
 
 
-def test_residual_bit_errors_of_the_vote():
-    p, memory = 0.01, torch.zeros(100_000, dtype=torch.float32)
+@pytest.mark.parametrize(("reads", "p"), [(3, 0.01), (5, 0.03)])
+def test_residual_bit_errors_of_the_vote(reads, p):
+    memory = torch.zeros(100_000, dtype=torch.float32)
     layer = nn.Module()
     layer.register_buffer("weight", memory)
-    plan = vote(layer)
+    plan = vote(layer, reads=reads)
+    assert len(plan.stored) == reads - 1
     with inject(layer, p, seed=1), inject_tensors(plan.stored, p, seed=1), plan.read():
         wrong = int(np.bitwise_count(memory.numpy().view(np.uint32)).sum())
-    bits, rate = 32 * len(memory), 3 * p**2 - 2 * p**3
+    bits, rate = 32 * len(memory), binom.sf(reads // 2, reads, p)
     assert binom.ppf(FALSE_ALARM / 2, bits, rate) <= wrong <= binom.isf(FALSE_ALARM / 2, bits, rate)
+
+
+@pytest.mark.parametrize("reads", [1, 2, 4, -3])
+def test_votes_that_nobody_can_win_are_refused(reads):
+    with pytest.raises(ValueError, match=f"reads must be an odd number of at least 3, got {reads}"):
+        vote(small(), reads=reads)
 
 
 # Guarded networks
@@ -561,6 +571,7 @@ def test_range_check_of_tensors_without_dimensions_or_elements():
         ("vote", 2 * 32 * 57),
         ("vote-floats", 2 * 32 * 15),
         ("vote-range", 2 * 32 * 15),
+        ("vote5-range", 4 * 32 * 15),
     ],
 )
 def test_stored_bits_of_floats(repair, beside):
@@ -580,6 +591,7 @@ def test_stored_bits_of_floats(repair, beside):
         ("vote", 2 * (56 + 32 + 8)),  # 54 weights and 2 directions in whole bytes
         ("vote-floats", 2 * (32 + 8)),
         ("vote-range", 2 * (32 + 8)),
+        ("vote5-range", 4 * (32 + 8)),
     ],
 )
 def test_stored_bits_of_a_packed_layer(repair, beside):
