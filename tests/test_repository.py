@@ -4,8 +4,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
+import pytest
 import yaml
 
+from bnn_utils import campaign, checkpoints, faults
+from bnn_utils.packed import pack
 from tools import notebooks as tool
 
 if sys.version_info >= (3, 11):
@@ -80,12 +85,47 @@ def test_readme_names_every_make_command_as_it_is():
     assert {"notebooks", "test"} <= commands <= targets
 
 
-def test_readme_sections_are_up_to_date():
-    readme = text_of("README.md")
-    for name, body in (("reading-order", tool.reading_order(ROOT)), ("gallery", tool.gallery(ROOT))):
-        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
-        assert readme.count(begin) == readme.count(end) == 1
-        assert readme.split(begin)[1].split(end)[0].strip() == body.strip(), "run: make publish"
+@pytest.mark.parametrize(
+    ("file", "section", "made"),
+    [
+        ("README.md", "reading-order", tool.reading_order),
+        ("README.md", "gallery", tool.gallery),
+        ("checkpoints/README.md", "cards", tool.cards),
+    ],
+)
+def test_readme_sections_are_up_to_date(file, section, made):
+    readme = text_of(file)
+    begin, end = f"<!-- begin:{section} -->", f"<!-- end:{section} -->"
+    assert readme.count(begin) == readme.count(end) == 1
+    assert readme.split(begin)[1].split(end)[0].strip() == made(ROOT).strip(), "run: make publish"
+
+
+SHIPPED = sorted((ROOT / "checkpoints").glob("*/damage-*.csv"))
+
+
+def test_every_trained_network_is_shipped_whole():
+    for folder in {path.parent for path in (ROOT / "checkpoints").glob("*/*")}:
+        _, facts = checkpoints.load(folder / "network.safetensors")
+        history = pd.read_csv(folder / "history.csv")
+        assert len(history) == facts["recipe"]["epochs"]
+        best = history.loc[history["epoch"] == facts["epoch"], "validation_accuracy"].item()
+        assert best == facts["validation_accuracy"] and facts["packed"]
+        assert (folder / "damage-packed.csv") in SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}, {path.stem}")
+def test_shipped_trials_are_of_the_shipped_network(path):
+    table = pd.read_csv(path)
+    assert list(table) == campaign.COLUMNS and np.isfinite(table["accuracy"]).all()
+    counts = table.groupby(["probability", "repair"])["trial"].agg(["count", "nunique"])
+    assert (counts == 50).all(axis=None)
+    network, facts = checkpoints.load(path.parent / "network.safetensors")
+    assert set(table["dataset"]) == {facts["dataset"]} and set(table["network"]) == {facts["network"]}
+    (storage,) = set(table["storage"])
+    held = pack(network) if storage == "packed" else network
+    for row in table[table["trial"].isin([0, 49])].itertuples():
+        with faults.inject(held, row.probability, seed=campaign.trial_seed(0, row.probability, row.trial)) as flips:
+            assert (flips.total, row.seed) == (row.flips, campaign.trial_seed(0, row.probability, row.trial))
 
 
 def test_continuous_integration_runs_the_test_command():

@@ -7,13 +7,14 @@
 
 `run` writes executed copies and figures into ignored folders, several notebooks at a time. `publish` runs too, one
 notebook after another, then writes what it got into tracked files: outputs and measured minutes into notebooks/,
-figures into figures/published/, and the marked sections of README.md (`readme` writes only these). A NOTEBOOK is a
-number, a name or a path.
+figures into figures/published/, and the marked sections of README.md and checkpoints/README.md (`readme` writes only
+these). A NOTEBOOK is a number, a name or a path.
 """
 
 import argparse
 import csv
 import hashlib
+import json
 import logging
 import math
 import os
@@ -31,6 +32,7 @@ from typing import Any, NoReturn
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -376,22 +378,28 @@ def publish_figures(root: Path, profile: str, notebook: Path) -> None:
 
 
 def refresh_readme(root: Path) -> None:
-    """Rewrite README.md between its <!-- begin:NAME --> and <!-- end:NAME --> markers."""
-    path = root / "README.md"
+    """Rewrite README.md, and that of checkpoints/, between their <!-- begin:NAME --> and <!-- end:NAME --> markers."""
+    refresh(root / "README.md", {"reading-order": reading_order(root), "gallery": gallery(root)})
+    if (root / "checkpoints").is_dir():
+        refresh(root / "checkpoints" / "README.md", {"cards": cards(root)})
+
+
+def refresh(path: Path, sections: dict[str, str]) -> None:
+    """Rewrite the sections of a file, by the names in their markers."""
     if not path.exists():
-        print("README.md is absent, so no tables were refreshed")
+        print(f"{path.name} is absent, so no tables were refreshed")
         return
     before = text = path.read_text(encoding="utf-8")
-    for name, body in (("reading-order", reading_order(root)), ("gallery", gallery(root))):
+    for name, body in sections.items():
         begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
         if begin not in text or end not in text.split(begin)[1]:
-            print(f"README.md has no section {begin} ... {end}, so it was not refreshed")
+            print(f"{path.name} has no section {begin} ... {end}, so it was not refreshed")
             continue
         head, rest = text.split(begin, 1)
         text = f"{head}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}"
     if text != before:
         write(path, text)
-        print("README.md refreshed")
+        print(f"{path.parent.name}/{path.name} refreshed")
 
 
 def reading_order(root: Path) -> str:
@@ -455,6 +463,31 @@ def gallery(root: Path) -> str:
     rows = ["| | |", "| --- | --- |"]
     for left in range(0, len(tiles), 2):
         rows.append(f"| {' | '.join([*tiles[left : left + 2], ''][:2])} |")
+    return "\n".join(rows)
+
+
+def cards(root: Path) -> str:
+    """A table of the trained networks in checkpoints/, from the facts in their files."""
+    columns = ["network", "width", "trained on", "epochs", "errors in training", "seconds", "accuracy: validation"]
+    columns += ["test", "bytes", "SHA-256"]
+    rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    for path in sorted((root / "checkpoints").glob("*/network.safetensors")):
+        with safe_open(path, framework="np") as file:
+            facts = json.loads(file.metadata()["facts"])
+        recipe, content = facts["recipe"], path.read_bytes()
+        values = [
+            f"[{path.parent.name}]({path.parent.name})",
+            f"{facts['config']['width']:g}",
+            facts["dataset"],
+            f"{facts['epoch']} of {recipe['epochs']}",
+            f"p = {recipe['damage_rate']:g}" if recipe["damage_rate"] else "none",
+            f"{facts['seconds']:,.0f}",
+            f"{facts['validation_accuracy']:.1%}",
+            f"{facts['test_accuracy']:.1%}",
+            f"{len(content):,}",
+            f"`{hashlib.sha256(content).hexdigest()}`",
+        ]
+        rows.append(f"| {' | '.join(values)} |")
     return "\n".join(rows)
 
 
