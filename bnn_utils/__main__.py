@@ -293,6 +293,10 @@ def _processes(workers: int) -> Iterator[Executor]:
     ignore = (signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=ignore)
     try:
+        handler = signal.signal(*ignore)  # an interruption between two halves of a start would be told at length
+        for _ in range(workers):
+            pool.submit(abs, 0)  # starts a process
+        signal.signal(signal.SIGINT, handler)
         yield pool
     except BaseException:
         for process in multiprocessing.active_children():  # what they are at would be for nothing
