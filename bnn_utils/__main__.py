@@ -294,9 +294,11 @@ def _processes(workers: int) -> Iterator[Executor]:
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=ignore)
     try:
         handler = signal.signal(*ignore)  # an interruption between two halves of a start would be told at length
-        for _ in range(workers):
-            pool.submit(abs, 0)  # starts a process
-        signal.signal(signal.SIGINT, handler)
+        try:
+            for _ in range(workers):
+                pool.submit(abs, 0)  # starts a process
+        finally:
+            signal.signal(signal.SIGINT, handler)
         yield pool
     except BaseException:
         for process in multiprocessing.active_children():  # what they are at would be for nothing
@@ -385,8 +387,19 @@ def _damage(arguments: argparse.Namespace) -> None:
         print(f"error model {arguments.error}: {faults.ERRORS[arguments.error].meaning}")
     print(published_form(table, original))
     if arguments.until is not None:
-        spent, fixed, share = campaign.saved(table)
-        print(f"stopped at ± {arguments.until:g}: {spent} trials, {share:.0%} fewer than {fixed}, as many everywhere")
+        print(_stopping(table, arguments.until))
+
+
+def _stopping(table: pd.DataFrame, until: float) -> str:
+    """Return in words where a campaign with `until` stopped, and what that saved."""
+    settings = table.groupby(["probability", "repair"])["accuracy"]
+    half = max(campaign.bounded_interval(accuracy)[1] for _, accuracy in settings)
+    end = f"stopped at ± {until:g}" if half <= until else f"± {until:g} not reached, but ± {half:.2g}"
+    spent, fixed, share = campaign.saved(table)
+    return (
+        f"{end}: {spent} trials, {share:.0%} fewer than {fixed}, as many everywhere (this interval allows for "
+        "failures that no trial has shown; those above are Student's and do not)"
+    )
 
 
 def published_form(table: pd.DataFrame, original: Evaluation) -> str:

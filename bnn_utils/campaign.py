@@ -344,25 +344,6 @@ def _work(parcel: _Parcel, probability: float, numbers: Sequence[int]) -> tuple[
         torch.set_num_threads(threads)
 
 
-def _total_after_look(accuracies: Iterable[Sequence[float]], until: float, most: int) -> int:
-    """Return how many trials to have before the next look at a probability; as many as now if they are enough.
-
-    Half-widths fall with the square root of the number, so that tells how many are needed, and a tenth more. A look
-    at ever more trials would stop at a lucky moment sooner or later; looks that follow from the trials before, in
-    their order, are few, and the same whoever ran the trials.
-
-    Args:
-        accuracies: of each repair, in the order of the trials.
-    """
-    accuracies = list(accuracies)
-    n = len(accuracies[0])
-    half = max((bounded_interval(values)[1] for values in accuracies), key=lambda x: (math.isnan(x), x))
-    if half <= until or n >= most:
-        return n
-    ratio = 4.0 if math.isnan(half) else min((half / until) ** 2, 4.0)
-    return min(max(math.ceil(1.1 * ratio * n), n + 1), 2 * n, most)
-
-
 class _Sweep:
     """Which trials are done, and which are to be run next.
 
@@ -408,7 +389,9 @@ class _Sweep:
             missing = [number for number in range(goal) if number not in done]
             if missing or self.until is None:
                 return missing
-            self.goals[probability] = _total_after_look(self.accuracies(probability), self.until, self.trials)
+            self.goals[probability] = total_after_look(
+                self.accuracies(probability), self.until, self.trials, bounded_interval
+            )
             if self.goals[probability] == goal:
                 return []
             self.bar.total = sum(self.goals.values())
@@ -706,6 +689,33 @@ def bounded_interval(values: Any, confidence: float = 0.95) -> tuple[float, floa
     """
     values = np.asarray(values, np.float64)
     return mean_interval(np.append(values, (0.0, 1.0)) if len(values) else values, confidence)
+
+
+def total_after_look(
+    accuracies: Iterable[Sequence[float]],
+    until: float,
+    most: int,
+    interval: Callable[[Sequence[float]], tuple[float, float]],
+) -> int:
+    """Return how many trials to have before the next look at a probability; as many as now if they are enough.
+
+    Half-widths fall with the square root of the number, so that tells how many are needed, and a tenth more; at most
+    twice as many as now. A look at ever more trials would stop at a lucky moment sooner or later; looks that follow
+    from the trials before, in their order, are few, and the same whoever ran the trials.
+
+    Args:
+        accuracies: of each repair, in the order of the trials.
+        until: the half-width that is enough.
+        most: trials at most.
+        interval: gives (centre, half-width) of trials; `run` uses `bounded_interval`.
+    """
+    accuracies = list(accuracies)
+    n = len(accuracies[0])
+    half = max((interval(values)[1] for values in accuracies), key=lambda x: (math.isnan(x), x))
+    if half <= until or n >= most:
+        return n
+    ratio = 4.0 if math.isnan(half) else min((half / until) ** 2, 4.0)
+    return min(max(math.ceil(1.1 * ratio * n), n + 1), 2 * n, most)
 
 
 class Saving(NamedTuple):

@@ -418,9 +418,10 @@ def test_an_executor_gives_the_same_table(model, images, tmp_path, storage, monk
 
 
 def test_tasks_hold_several_trials_and_scratch_is_left_empty(model, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign, "TASK_SECONDS", 1e3)  # longer than they all take, on however slow a machine
     pool = Shuffled(0)
     run(model, images, [1e-2, 1e-3], 40, executor=pool, scratch=tmp_path)
-    assert sum(pool.sizes) == 80 and len(pool.sizes) < 20
+    assert pool.sizes == [1, 1, 39, 39]
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(campaign, "MOST_TASKS", 5)
     monkeypatch.setattr(campaign, "TASK_SECONDS", 1e-9)
@@ -1028,15 +1029,14 @@ def test_intervals():
 # When to stop
 
 
-def _played(sample, mean, interval, until, monkeypatch, replicates=1500):
+def _played(sample, mean, interval, until, replicates=1500):
     """Return in which share of simulated campaigns the interval at which they stopped holds the true mean."""
-    monkeypatch.setattr(campaign, "bounded_interval", interval)
     held = 0
     for generator in np.random.default_rng(5).spawn(replicates):
         values, goal = np.empty(0), 30
         while len(values) < goal:
             values = np.append(values, sample(goal - len(values), generator))
-            goal = campaign._total_after_look([values], until, 20_000)
+            goal = campaign.total_after_look([values], until, 20_000, interval)
         centre, half = interval(values)
         assert half <= until
         held += abs(centre - mean) <= half
@@ -1044,24 +1044,24 @@ def _played(sample, mean, interval, until, monkeypatch, replicates=1500):
 
 
 @pytest.mark.parametrize("network", ["vgg_cifar10_binary", "resnet_binary"])
-def test_intervals_of_real_trials_hold_what_they_promise(network, monkeypatch):
+def test_intervals_of_real_trials_hold_what_they_promise(network):
     # Accuracies of trained networks at p = 1e-2, most of them high and some as low as guessing.
     table = pd.read_csv(ROOT / "figures/published/quick/06-trials.csv")
     real = table.loc[table["network"] == network, "accuracy"].dropna().to_numpy()
     assert len(real) > 100 and stats.skew(real) < -1
     sample = lambda size, generator: generator.choice(real, size)  # noqa: E731
-    assert 0.93 <= _played(sample, real.mean(), campaign.bounded_interval, 0.02, monkeypatch) <= 0.97
+    assert 0.93 <= _played(sample, real.mean(), campaign.bounded_interval, 0.02) <= 0.97
 
 
 @pytest.mark.parametrize("share", [0.01, 0.03, 0.1])
-def test_intervals_hold_where_failures_are_rare(share, monkeypatch):
+def test_intervals_hold_where_failures_are_rare(share):
     def sample(size, generator):
         return np.where(generator.random(size) < share, 0.1, 0.97) + 0.01 * generator.uniform(-1, 1, size)
 
     mean = share * 0.1 + (1 - share) * 0.97
-    assert _played(sample, mean, campaign.bounded_interval, 0.02, monkeypatch) >= 0.93
+    assert _played(sample, mean, campaign.bounded_interval, 0.02) >= 0.93
     if share < 0.1:  # where Student's own stops before it has seen a failure
-        assert _played(sample, mean, campaign.mean_interval, 0.02, monkeypatch) < 0.7
+        assert _played(sample, mean, campaign.mean_interval, 0.02) < 0.7
 
 
 def test_bounded_interval():

@@ -271,15 +271,17 @@ def test_damage_goes_on_with_a_results_file_and_with_workers(best, tmp_path, cap
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"{out}: is of another campaign: seed: 0 there, 1 here")
 
 
-def test_damage_until_an_interval(best, capsys):
-    assert damage(best, "--until", "0.04", "--trials", 40) == 0
+@pytest.mark.parametrize(("until", "end"), [(0.1, "stopped at ± 0.1"), (0.04, "± 0.04 not reached, but ± ")])
+def test_damage_until_an_interval(until, end, best, capsys):
+    assert damage(best, "--until", until, "--trials", 40) == 0
     printed = capsys.readouterr().out.splitlines()
     model, _ = checkpoints.load(best)
     images = data.digits().test.limit(20)
-    table = campaign.run(model, images, [1e-3, 1e-2], 40, repairs=("none", "clip"), until=0.04)
+    table = campaign.run(model, images, [1e-3, 1e-2], 40, repairs=("none", "clip"), until=until)
     assert printed[:-1] == cli.published_form(table, evaluate(model, images)).splitlines()
     trials = table.groupby("probability")["trial"].nunique()
-    assert re.search(rf"± 0.04: {trials.sum()} trials, \d+% fewer than {2 * trials.max()}", printed[-1])
+    assert printed[-1].startswith(end)
+    assert re.search(rf": {trials.sum()} trials, \d+% fewer than {2 * trials.max()}", printed[-1])
 
 
 def test_damage_on_a_cluster(best, capsys):
