@@ -21,6 +21,7 @@ from bnn_utils import campaign, checkpoints, data, faults
 from bnn_utils.models import MODELS, build
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
+from bnn_utils.system import keep_freed_memory
 from bnn_utils.training import LOSSES, OPTIMIZERS, PRECISIONS, STATE_FILE, Evaluation, Recipe, evaluate, train
 
 BEST_FILE = "best.safetensors"
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
     sub.add_argument("--optimizer", choices=OPTIMIZERS, default=defaults.optimizer)
     sub.add_argument("--precision", choices=PRECISIONS, default=defaults.precision, help="of training's arithmetic")
+    sub.add_argument("--compile", action="store_true", help="train with torch.compile, which needs a C++ compiler")
     sub.add_argument("--width", type=float, default=1.0, help="factor on every layer's size; 1.0 is as published")
     sub.add_argument("--seed", type=int, default=defaults.seed)
     sub.add_argument(
@@ -183,6 +185,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume and not arguments.overwrite:
         raise FileExistsError(f"{folder}: is there already; go on with --resume, replace with --overwrite, or --save")
     device = _device(arguments.device)
+    keep_freed_memory()
 
     dataset = _load_data(arguments)
     _, in_channels, _, size = dataset.train.pixels.shape

@@ -27,6 +27,7 @@ FINAL_LR = 1e-5  # where the cosine schedule ends
 OPTIMIZERS = ("adam", "sgd")
 PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("cross-entropy", "margin")
+Network = Callable[[Tensor], Tensor]  # what computes a model: the model itself, or a faster form of it
 STATE_FILE, HISTORY_FILE = "last.pt", "history.csv"
 HISTORY = (
     "epoch",
@@ -69,6 +70,8 @@ class Recipe:
         margin: of the margin loss, in units of a logit. Both published networks end with a BatchNorm that has no scale
             and no shift, so that a unit is the standard deviation of the class's logit over a batch. The default is
             the largest value that all images of a class can reach if c = 10 classes are equally frequent, sqrt(c - 1).
+        compile: train with torch.compile, which joins the many passes over activations into few; it takes up to a
+            minute first, and a C++ compiler on the CPU.
 
     Raises:
         ValueError: a field outside its range.
@@ -88,6 +91,7 @@ class Recipe:
     damage_below: float = 1.75
     loss: str = "cross-entropy"
     margin: float = 3.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -115,7 +119,7 @@ class Recipe:
 
 
 # Fields that recipes did not always have: without them, a run was trained as their defaults say.
-_LATER = {name: getattr(Recipe, name) for name in ("damage_rate", "damage_below", "loss", "margin")}
+_LATER = {name: getattr(Recipe, name) for name in ("damage_rate", "damage_below", "loss", "margin", "compile")}
 
 
 def batches(images: Images, batch_size: int = 500) -> Iterator[Tensor]:
@@ -228,6 +232,16 @@ def flipped_weights(model: nn.Module, probability: float, generator: np.random.G
                 weight[index] = before
 
 
+def _compiled(model: nn.Module) -> Network:
+    """Return torch.compile's form of `model`, which shares its parameters, or tell why there is none."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(1))
+    except Exception as error:  # of many kinds, without a compiler or on a platform that has none
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"torch.compile does not work here ({reason[:200]}); train without it") from None
+    return torch.compile(model)
+
+
 @contextmanager
 def _statistics_kept(model: nn.Module) -> Iterator[None]:
     """Have BatchNorm, in training mode, normalize by the batch without updating its running statistics."""
@@ -241,24 +255,29 @@ def _statistics_kept(model: nn.Module) -> Iterator[None]:
             module.track_running_stats = True
 
 
-def _forward(model: nn.Module, x: Tensor, labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def _forward(network: Network, x: Tensor, labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Return the logits and the loss that is trained."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        logits = model(x)
+        logits = network(x)
     if recipe.loss == "margin":
         return logits, margin_loss(logits.float(), labels, recipe.margin)
     return logits, functional.cross_entropy(logits.float(), labels)
 
 
 def _backward(
-    model: nn.Module, x: Tensor, labels: Tensor, recipe: Recipe, errors: np.random.Generator | None
+    model: nn.Module,
+    network: Network,
+    x: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    errors: np.random.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Add a step's gradient, with `errors` the average of the clean and the damaged one.
+    """Add a step's gradient, with `errors` the average of the clean and the damaged one; `network` computes `model`.
 
     Returns:
         The clean logits, and the loss whose gradient that is.
     """
-    logits, loss = _forward(model, x, labels, recipe)
+    logits, loss = _forward(network, x, labels, recipe)
     if errors is None:
         loss.backward()
         return logits.detach(), loss.detach()
@@ -266,13 +285,14 @@ def _backward(
     # Running statistics are those of the clean network: they are error-free in memory, and computed once, before
     # anything fails; a mixture with the statistics of many differently damaged networks would fit none of them.
     with flipped_weights(model, recipe.damage_rate, errors), _statistics_kept(model):
-        _, damaged = _forward(model, x, labels, recipe)
+        _, damaged = _forward(network, x, labels, recipe)
         (damaged / 2).backward()
     return logits.detach(), (loss + damaged).detach() / 2
 
 
 def _train_epoch(
     model: nn.Module,
+    network: Network,
     data: Dataset,
     recipe: Recipe,
     epoch: int,
@@ -309,7 +329,7 @@ def _train_epoch(
         if damaging:
             # A stream of its own for every step: a resumed run draws the errors of an uninterrupted one.
             errors = np.random.default_rng(np.random.SeedSequence([recipe.seed, epoch], spawn_key=(step,)))
-        logits, loss = _backward(model, x, labels, recipe, errors)
+        logits, loss = _backward(model, network, x, labels, recipe, errors)
         optimizer.step()
         clamp_latent_weights(model)
         if after_step is not None:
@@ -396,6 +416,7 @@ def train(
     recipe = recipe or Recipe()
     identity = _identity(model, data, recipe)
     optimizer = _optimizer(model, recipe)
+    network: Network = _compiled(model) if recipe.compile else model
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
     damaging = False
@@ -414,7 +435,7 @@ def train(
     for epoch in range(len(rows), recipe.epochs):
         started = time.perf_counter()
         signs = _signs(model)
-        trained, entropy = _train_epoch(model, data, recipe, epoch, optimizer, damaging, after_step, progress)
+        trained, entropy = _train_epoch(model, network, data, recipe, epoch, optimizer, damaging, after_step, progress)
         flipped = _flipped_share(signs, _signs(model))
         validated = evaluate(model, data.validation)
         row = dict(

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -128,6 +129,24 @@ def test_the_published_recipe_step_by_step(few):
         assert history.train_loss[epoch] == losses.item() / 5
         expected = twin.state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in pickle.loads(states[epoch]).items())
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("cl")), reason="no C++ compiler")
+def test_compiled_training_is_the_same_training(few):
+    """The compiler orders sums differently, no more: the curves of a smooth network stay together."""
+    recipe = replace(SMALL, epochs=2, lr=1e-3)
+    eager, compiled = (train(small_net(), few, replace(recipe, compile=c), progress=False) for c in (False, True))
+    for column in ("train_loss", "validation_loss"):
+        np.testing.assert_allclose(compiled[column], eager[column], rtol=1e-3)
+
+
+def test_compiling_that_does_not_work_is_told(few, monkeypatch):
+    def broken(function):
+        raise RuntimeError("no C++ compiler\nin many lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ValueError, match=r"^torch.compile does not work here \(no C\+\+ compiler in many lines\)"):
+        train(small_net(), few, replace(SMALL, compile=True), progress=False)
 
 
 def test_after_step_comes_after_step_and_clamp_and_what_it_changes_stays(few):
