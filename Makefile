@@ -38,6 +38,7 @@ notebooks: $(STAMP)
 
 publish: $(STAMP)
 	@$(RUN) tools/notebooks.py publish --profile "$(PROFILE)"
+	@$(RUN) -m tools.networks
 
 benchmark: $(STAMP)
 	$(RUN) -m pip install --disable-pip-version-check --quiet --editable ".[benchmark]"

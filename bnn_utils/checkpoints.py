@@ -24,6 +24,8 @@ from bnn_utils.system import write_beside
 
 FORMAT, UNCHECKED = "bnn_utils/2", "bnn_utils/1"  # files of the first format have no checksum
 # BinaryNet.pytorch normalizes CIFAR images with the ImageNet figures (its preprocess.py).
+PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints"  # of the repository
+SUMS, NETWORK_FILE = "SHA256SUMS", "network.safetensors"
 _PUBLISHED_NORMALIZATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -121,6 +123,39 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file}: its tensors are not those of the network it names ({reason[:300]})") from None
     return model.eval(), facts
+
+
+def pretrained(name: str, folder: str | os.PathLike[str] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Load one of the networks that come with the course, after checking that its file is the one that was published.
+
+    Args:
+        name: "vgg_cifar10", "resnet_cifar10" or another that checkpoints/README.md lists. It does not tell the width,
+            since a wider network may take the place of a narrow one: facts["config"]["width"] does.
+        folder: holds name/network.safetensors and SHA256SUMS, a file as `sha256sum` writes it; by default the
+            repository's checkpoints/.
+
+    Returns:
+        (model in evaluation mode on the CPU, facts), as `load`.
+
+    Raises:
+        CheckpointError: no such network, or its file is missing, or not the one of which SHA256SUMS has the sum.
+    """
+    base = PRETRAINED if folder is None else Path(folder)
+    try:
+        lines = (base / SUMS).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise CheckpointError(f"{base / SUMS}: cannot be read; pretrained networks are in the repository") from None
+    sums = {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
+    if (file := f"{name}/{NETWORK_FILE}") not in sums:
+        known = ", ".join(sorted(Path(file).parent.name for file in sums))
+        raise CheckpointError(f"no pretrained network {name!r}, expected one of {known}")
+    try:
+        digest = hashlib.sha256((base / file).read_bytes()).hexdigest()
+    except OSError:
+        raise CheckpointError(f"{base / file}: no such checkpoint file") from None
+    if digest != sums[file]:
+        raise CheckpointError(f"{base / file}: is not the published file, its SHA-256 is {digest}; fetch it again")
+    return load(base / file)
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, broken ones are told in one line, and none of them runs code."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from torch import nn
 
 import bnn_utils
 from bnn_utils import checkpoints
-from bnn_utils.checkpoints import CheckpointError, load, save, save_packed
+from bnn_utils.checkpoints import CheckpointError, load, pretrained, save, save_packed
 from bnn_utils.layers import binarized_weights
 from bnn_utils.models import build, resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import pack
@@ -491,3 +492,50 @@ def test_broken_torch_files(tmp_path, zipped, name):
                 load(path)
             except CheckpointError as error:
                 assert "\n" not in str(error)
+
+
+# ---------------------------------------------------------------- those that come with the course
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """A folder of one pretrained network, with sums as coreutils writes them."""
+    model = shuffle_statistics(vgg())
+    (tmp_path / "small").mkdir()
+    save_packed(tmp_path / "small" / "network.safetensors", model, dataset="digits")
+    digest = hashlib.sha256((tmp_path / "small" / "network.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "SHA256SUMS").write_text(f"{digest}  small/network.safetensors\n")
+    return model, tmp_path
+
+
+def test_pretrained_gives_the_network_and_its_facts(shop):
+    model, folder = shop
+    loaded, facts = pretrained("small", folder)
+    assert torch.equal(logits(loaded), logits(model)) and not loaded.training
+    assert facts["dataset"] == "digits"
+
+
+def test_pretrained_refuses_another_file_even_a_sound_one(shop):
+    _, folder = shop
+    save_packed(folder / "small" / "network.safetensors", vgg(seed=1), dataset="digits")
+    with pytest.raises(CheckpointError, match=r"small/network\.safetensors: is not the published file"):
+        pretrained("small", folder)
+
+
+def test_pretrained_names_what_is_missing(shop, tmp_path_factory):
+    _, folder = shop
+    with pytest.raises(CheckpointError, match="no pretrained network 'large', expected one of small"):
+        pretrained("large", folder)
+    with pytest.raises(CheckpointError, match=r"no pretrained network '\.\./small'"):
+        pretrained("../small", folder)
+    (folder / "small" / "network.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no such checkpoint file"):
+        pretrained("small", folder)
+    with pytest.raises(CheckpointError, match="SHA256SUMS: cannot be read"):
+        pretrained("small", tmp_path_factory.mktemp("empty"))
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in checkpoints.PRETRAINED.glob("*/*.safetensors")))
+def test_every_pretrained_network_loads_by_name(name):
+    model, facts = pretrained(name)
+    assert model.name == facts["network"] and 0.5 < facts["test_accuracy"] < 1

@@ -11,6 +11,7 @@ import yaml
 
 from bnn_utils import campaign, checkpoints, faults
 from bnn_utils.packed import pack
+from tools import networks
 from tools import notebooks as tool
 
 if sys.version_info >= (3, 11):
@@ -90,7 +91,8 @@ def test_readme_names_every_make_command_as_it_is():
     [
         ("README.md", "reading-order", tool.reading_order),
         ("README.md", "gallery", tool.gallery),
-        ("checkpoints/README.md", "cards", tool.cards),
+        ("README.md", "results", networks.results),
+        ("checkpoints/README.md", "networks", networks.overview),
     ],
 )
 def test_readme_sections_are_up_to_date(file, section, made):
@@ -98,6 +100,13 @@ def test_readme_sections_are_up_to_date(file, section, made):
     begin, end = f"<!-- begin:{section} -->", f"<!-- end:{section} -->"
     assert readme.count(begin) == readme.count(end) == 1
     assert readme.split(begin)[1].split(end)[0].strip() == made(ROOT).strip(), "run: make publish"
+
+
+def test_cards_and_sums_are_up_to_date():
+    assert text_of("checkpoints/SHA256SUMS") == networks.sums(ROOT), "run: make publish"
+    for folder in networks.folders(ROOT):
+        assert (folder / "README.md").read_text(encoding="utf-8") == networks.card(folder), "run: make publish"
+        assert (folder / "curves.png").stat().st_size > 5000
 
 
 SHIPPED = sorted((ROOT / "checkpoints").glob("*/damage-*.csv"))

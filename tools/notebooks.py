@@ -7,14 +7,13 @@
 
 `run` writes executed copies and figures into ignored folders, several notebooks at a time. `publish` runs too, one
 notebook after another, then writes what it got into tracked files: outputs and measured minutes into notebooks/,
-figures into figures/published/, and the marked sections of README.md and checkpoints/README.md (`readme` writes only
-these). A NOTEBOOK is a number, a name or a path.
+figures into figures/published/, and gallery and reading order into README.md (`readme` writes only these). A NOTEBOOK
+is a number, a name or a path.
 """
 
 import argparse
 import csv
 import hashlib
-import json
 import logging
 import math
 import os
@@ -32,7 +31,6 @@ from typing import Any, NoReturn
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -378,10 +376,8 @@ def publish_figures(root: Path, profile: str, notebook: Path) -> None:
 
 
 def refresh_readme(root: Path) -> None:
-    """Rewrite README.md, and that of checkpoints/, between their <!-- begin:NAME --> and <!-- end:NAME --> markers."""
+    """Rewrite README.md's gallery and reading order, between <!-- begin:NAME --> and <!-- end:NAME --> markers."""
     refresh(root / "README.md", {"reading-order": reading_order(root), "gallery": gallery(root)})
-    if (root / "checkpoints").is_dir():
-        refresh(root / "checkpoints" / "README.md", {"cards": cards(root)})
 
 
 def refresh(path: Path, sections: dict[str, str]) -> None:
@@ -463,31 +459,6 @@ def gallery(root: Path) -> str:
     rows = ["| | |", "| --- | --- |"]
     for left in range(0, len(tiles), 2):
         rows.append(f"| {' | '.join([*tiles[left : left + 2], ''][:2])} |")
-    return "\n".join(rows)
-
-
-def cards(root: Path) -> str:
-    """A table of the trained networks in checkpoints/, from the facts in their files."""
-    columns = ["network", "width", "trained on", "epochs", "errors in training", "seconds", "accuracy: validation"]
-    columns += ["test", "bytes", "SHA-256"]
-    rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    for path in sorted((root / "checkpoints").glob("*/network.safetensors")):
-        with safe_open(path, framework="np") as file:
-            facts = json.loads(file.metadata()["facts"])
-        recipe, content = facts["recipe"], path.read_bytes()
-        values = [
-            f"[{path.parent.name}]({path.parent.name})",
-            f"{facts['config']['width']:g}",
-            facts["dataset"],
-            f"{facts['epoch']} of {recipe['epochs']}",
-            f"p = {recipe['damage_rate']:g}" if recipe["damage_rate"] else "none",
-            f"{facts['seconds']:,.0f}",
-            f"{facts['validation_accuracy']:.1%}",
-            f"{facts['test_accuracy']:.1%}",
-            f"{len(content):,}",
-            f"`{hashlib.sha256(content).hexdigest()}`",
-        ]
-        rows.append(f"| {' | '.join(values)} |")
     return "\n".join(rows)
 
 

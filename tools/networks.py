@@ -1,0 +1,190 @@
+"""Write what is known of the trained networks in checkpoints/: their sums, cards and curves, and README's results.
+
+    python -m tools.networks
+
+Everything is made from the networks' files, their histories and their trials; nothing is filled in by hand.
+"""
+
+import hashlib
+import re
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from bnn_utils import campaign, checkpoints, plotting
+from bnn_utils.system import write_beside
+from bnn_utils.training import Recipe
+from tools.notebooks import ROOT, refresh, write
+
+SHOWN = ("vgg_cifar10", "resnet_cifar10")  # README's results are of these
+TITLES = {"vgg_cifar10_binary": "VGG", "resnet_binary": "ResNet"}
+LIMITS = """\
+- It was trained once, from one seed: intervals in its tables are over bit errors, not over trainings.
+- Its training images were 32x32 pixels of ten classes. It says one of these classes of any picture."""
+JPEG_LIMIT = "- It was trained on JPEG copies of CIFAR-10's images, and is a little less accurate than on the original."
+NARROW_LIMIT = """\
+- It is narrow, {width:g} of the published width: less accurate than a network of the published size, and another share
+  of its memory is not weights. No figure of it is one of the published networks."""
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a trained network's file says of it."""
+    return checkpoints.load(folder / checkpoints.NETWORK_FILE)[1]
+
+
+def folders(root: Path) -> list[Path]:
+    """The folders of the trained networks."""
+    return sorted(path.parent for path in (root / "checkpoints").glob(f"*/{checkpoints.NETWORK_FILE}"))
+
+
+def sums(root: Path) -> str:
+    """The SHA-256 of every trained network, as `sha256sum` writes and checks them."""
+    files = [folder / checkpoints.NETWORK_FILE for folder in folders(root)]
+    digests = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return "".join(f"{digest}  {file.parent.name}/{file.name}\n" for digest, file in zip(digests, files))
+
+
+def overview(root: Path) -> str:
+    """A table of the trained networks."""
+    columns = ["network", "width", "trained on", "best epoch", "errors in training", "validation", "test", "bytes"]
+    rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    for folder in folders(root):
+        facts = facts_of(folder)
+        recipe = facts["recipe"]
+        values = [
+            f"[{folder.name}]({folder.name}/README.md)",
+            f"{facts['config']['width']:g}",
+            facts["dataset"],
+            f"{facts['epoch']} of {recipe['epochs']}",
+            f"p = {recipe['damage_rate']:g}" if recipe["damage_rate"] else "none",
+            f"{facts['validation_accuracy']:.1%}",
+            f"{facts['test_accuracy']:.1%}",
+            f"{(folder / checkpoints.NETWORK_FILE).stat().st_size:,}",
+        ]
+        rows.append(f"| {' | '.join(values)} |")
+    return "\n".join(rows)
+
+
+def command(facts: dict[str, Any], name: str) -> str:
+    """The command that trains a network of these facts: every setting that is not the default."""
+    words = ["python -m bnn_utils train", f"--model {facts['network']}", "--dataset cifar10", "--data-path data"]
+    words.append(f"--width {facts['config']['width']:g}")
+    for field in fields(Recipe):
+        value = facts["recipe"].get(field.name, field.default)
+        if value != field.default:
+            option = "damage-train-rate" if field.name == "damage_rate" else field.name.replace("_", "-")
+            words.append(f"--{option}" if value is True else f"--{option} {value}")
+    if "start" in facts:
+        words.append(f"--start results/{re.split('[-_]errors', name)[0]}/{facts['start']}")
+    return " ".join([*words, f"--save {name}"])
+
+
+def card(folder: Path) -> str:
+    """The page of one trained network."""
+    facts, history = facts_of(folder), pd.read_csv(folder / "history.csv")
+    best = history.set_index("epoch").loc[facts["epoch"]]
+    recipe, width = facts["recipe"], facts["config"]["width"]
+    limits = [*([NARROW_LIMIT.format(width=width)] if width < 1 else []), LIMITS]
+    if "JPEG" in facts["dataset"]:
+        limits.append(JPEG_LIMIT)
+    trained = f"{recipe['epochs']} epochs in {facts['seconds']:,.0f} seconds on {facts['device'].upper()}"
+    return f"""\
+# {folder.name}
+
+{TITLES[facts["network"]]} of {width:g} of the published width, one bit a weight. This page is made by
+`python -m tools.networks` from `{checkpoints.NETWORK_FILE}`, which holds these facts too, and `history.csv`.
+
+| | |
+| --- | --- |
+| data | {facts["dataset"]}, 45,000 images for training, 5,000 for validation, 10,000 for testing |
+| trained | {trained}, precision {recipe["precision"]}, seed {recipe["seed"]} |
+| kept | epoch {facts["epoch"]}, the best on the validation part |
+| accuracy on training images | {best["train_accuracy"]:.1%}, with crops and mirror images, while weights still moved |
+| accuracy on validation images | {facts["validation_accuracy"]:.1%} |
+| accuracy on test images | {facts["test_accuracy"]:.1%} |
+
+![Loss and accuracy of training and validation, epoch by epoch](curves.png)
+
+## The command
+
+Where `data` holds `train/<class>/` and `test/<class>/` pictures, or torchvision's CIFAR-10 (downloaded if it is not
+there); with `OMP_NUM_THREADS=1` on a CPU, since sums depend on how they are split:
+
+    {command(facts, folder.name)}
+
+## Known limits
+
+{chr(10).join(limits)}
+"""
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw the history of a trained network into its folder."""
+    with plt.style.context(Path(campaign.__file__).with_name("tutorial.mplstyle")):
+        figure = plotting.training_curves(pd.read_csv(folder / "history.csv"))
+        save = partial(figure.savefig, format="png", bbox_inches="tight", metadata={"Software": None})
+        write_beside(folder / "curves.png", save)
+        plt.close(figure)
+
+
+def accuracy(mean: float, half: float) -> str:
+    """An accuracy in percent, with the half-width of its interval."""
+    return f"{100 * mean:.1f} ± {100 * half:.1f}"
+
+
+def results(root: Path) -> str:
+    """README's tables: the published figures beside ours, then packed storage and repairs."""
+    published = pd.read_csv(root / "notebooks" / "published.csv").set_index(["network", "repair", "probability"])
+    parts = []
+    for name in SHOWN:
+        folder = root / "checkpoints" / name
+        if not folder.is_dir():
+            continue
+        facts = facts_of(folder)
+        clean = facts["test_accuracy"]
+        theirs = published.loc[facts["network"], "accuracy"]
+        tables = [pd.read_csv(path) for path in sorted(folder.glob("damage-*.csv"))]
+        ours = campaign.aggregate(pd.concat(tables)).set_index(["storage", "repair", "probability"])
+        parts += [
+            f"**{TITLES[facts['network']]}**: published at full width, {theirs['none', 0]:.1%} undamaged; ours "
+            f"[at {facts['config']['width']:g} of the width](checkpoints/{name}/README.md), {clean:.1%} undamaged on "
+            f"the {10_000:,} test images of {facts['dataset']}.",
+            "",
+            "| *p* | | published, one draw | rate | ours | rate | trials |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for probability in sorted({p for _, p in theirs.index if p}, reverse=True):
+            for repair, word in (("none", "damaged"), ("clip", "clipped")):
+                one, row = theirs[repair, probability], ours.loc["float32", repair, probability]
+                parts.append(
+                    f"| {probability:g} | {word} | {one:.1%} | {one / theirs['none', 0]:.3f} | "
+                    f"{accuracy(row.accuracy, row.accuracy_half)}% | "
+                    f"{row.accuracy / clean:.3f} ± {row.accuracy_half / clean:.3f} | {row.trials} |"
+                )
+        for repair, word in (("none", "packed"), ("vote5-range", "packed, repaired")):
+            for probability in (1e-2, 1e-4):
+                row = ours.loc["packed", repair, probability]
+                parts.append(
+                    f"| {probability:g} | {word} | | | {accuracy(row.accuracy, row.accuracy_half)}% | "
+                    f"{row.accuracy / clean:.3f} ± {row.accuracy_half / clean:.3f} | {row.trials} |"
+                )
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def main(root: Path = ROOT) -> None:
+    """Write all of it."""
+    write(root / "checkpoints" / checkpoints.SUMS, sums(root))
+    for folder in folders(root):
+        write(folder / "README.md", card(folder))
+        draw_curves(folder)
+    refresh(root / "checkpoints" / "README.md", {"networks": overview(root)})
+    refresh(root / "README.md", {"results": results(root)})
+
+
+if __name__ == "__main__":
+    main()
