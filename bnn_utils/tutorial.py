@@ -2,8 +2,9 @@
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from bnn_utils import checkpoints, data
+from bnn_utils import campaign, checkpoints, data
 from bnn_utils.models import build
 from bnn_utils.system import write_beside
 from bnn_utils.training import Recipe, train
@@ -27,9 +28,10 @@ class Profile:
         dataset: a name of `bnn_utils.data.DATASETS`.
         vgg_width, resnet_width: of the networks of notebooks 02, 03 and 05.
         recipe: how those are trained.
-        ablation_width, ablation_recipe: of the many small networks of notebook 04.
+        ablation_dataset, ablation_width, ablation_recipe: of the many small networks of notebooks 04 and 08.
         ablation_seeds: networks trained at each of its settings.
         trials: draws of errors at each probability.
+        pretrained: take the two networks from checkpoints/ instead of training them.
         threads: of torch on the CPU; 0 leaves torch's own choice. One is as fast for small networks, gives the same
             numbers whatever the number of cores, and does not stall when another program wants a core.
     """
@@ -38,30 +40,48 @@ class Profile:
     vgg_width: float
     resnet_width: float
     recipe: Recipe
+    ablation_dataset: str
     ablation_width: float
     ablation_recipe: Recipe
     ablation_seeds: int
     trials: int
     threads: int
+    pretrained: bool = False
 
 
+SHIPPED = {"vgg_cifar10_binary": "vgg_cifar10", "resnet_binary": "resnet_cifar10"}  # their names in checkpoints/
 PROFILES = {
     "quick": Profile(
         dataset="digits",
         vgg_width=0.125,
         resnet_width=0.25,
         recipe=Recipe(epochs=20, batch_size=64),
+        ablation_dataset="digits",
         ablation_width=1 / 24,
         ablation_recipe=Recipe(epochs=12, batch_size=64, lr=1e-2),
         ablation_seeds=3,
         trials=30,
         threads=1,
     ),
+    "cifar10": Profile(
+        dataset="cifar10",
+        vgg_width=0.25,
+        resnet_width=0.5,
+        recipe=Recipe(epochs=30, precision="bfloat16"),
+        ablation_dataset="digits",
+        ablation_width=1 / 24,
+        ablation_recipe=Recipe(epochs=12, batch_size=64, lr=1e-2),
+        ablation_seeds=3,
+        trials=20,
+        threads=0,
+        pretrained=True,
+    ),
     "full": Profile(
         dataset="cifar10",
         vgg_width=1.0,
         resnet_width=1.0,
         recipe=Recipe(),
+        ablation_dataset="cifar10",
         ablation_width=0.25,
         ablation_recipe=Recipe(epochs=30),
         ablation_seeds=3,
@@ -96,10 +116,18 @@ class Settings:
     data_name: str = ""
 
     def dataset(self) -> data.Dataset:
-        """Return the profile's images, on the device."""
+        """Return the profile's images, on the device; for pretrained networks normalized as in their training."""
         loaded = data.load(self.sizes.dataset, self.data_path).to(self.device)
+        if self.sizes.pretrained:
+            _, facts = checkpoints.pretrained(SHIPPED["vgg_cifar10_binary"])
+            seen = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
+            loaded = replace(loaded, **{part: replace(getattr(loaded, part), **seen) for part in data.PARTS})
         self.data_name = loaded.name
         return loaded
+
+    def ablation_data(self) -> data.Dataset:
+        """Return the images of the many small networks, on the device."""
+        return data.load(self.sizes.ablation_dataset, self.data_path).to(self.device)
 
     def network(self, name: str, dataset: data.Dataset, width: float | None = None, **config: object) -> nn.Module:
         """Return an untrained network of the profile's size for `dataset`, initialized from the seed.
@@ -127,8 +155,10 @@ class Settings:
         """Return the network of notebook 02 or 03, trained as there, in evaluation mode.
 
         It is trained once and kept in `networks`; later calls, of other notebooks too, load what was trained with the
-        same recipe, seed, data and torch.
+        same recipe, seed, data and torch. With `sizes.pretrained` it comes from checkpoints/, one bit a weight.
         """
+        if self.sizes.pretrained:
+            return checkpoints.pretrained(SHIPPED[name])[0].to(self.device)
         model = self.network(name, dataset)
         path = self.networks / f"{name}.safetensors"
         facts = dict(dataset=dataset.name, recipe=asdict(self.sizes.recipe), seed=self.seed, torch=torch.__version__)
@@ -140,6 +170,48 @@ class Settings:
         self.networks.mkdir(parents=True, exist_ok=True)
         checkpoints.save(path, model, **facts)
         return model
+
+    def sweep(
+        self, network: nn.Module, images: data.Images, probabilities: Sequence[float], repairs: Sequence[str]
+    ) -> pd.DataFrame:
+        """Return a campaign's table in float32 storage, `sizes.trials` trials a point.
+
+        With `sizes.pretrained` it is read from checkpoints/, where it was made with all test images, and one trial at
+        each of two probabilities is computed anew and held against it: where the images are those of the table, row
+        for row; on others (the original instead of JPEG copies) the accuracy must lie within 5 points of the range of
+        the table's trials.
+
+        Args:
+            network: a network of this profile.
+            images: the test images.
+            probabilities, repairs: as for `campaign.run`.
+
+        Raises:
+            ValueError: the table lacks a point, or what was computed anew differs from it.
+        """
+        if not self.sizes.pretrained:
+            trials = self.sizes.trials
+            return campaign.run(network, images, probabilities, trials, repairs=repairs, seed=self.seed)
+        path = checkpoints.PRETRAINED / SHIPPED[str(network.name)] / "damage-float32.csv"
+        table = pd.read_csv(path)
+        wanted = table["probability"].isin(probabilities) & table["repair"].isin(repairs)
+        table = table[wanted & (table["trial"] < self.sizes.trials)].reset_index(drop=True)
+        if len(table) != len(probabilities) * len(repairs) * self.sizes.trials:
+            raise ValueError(f"{path}: has not all trials at these probabilities with these repairs")
+        keys = ["probability", "repair", "trial"]
+        some = [p for p in probabilities if p in (1e-4, 1e-2)]
+        again = campaign.run(network, images, some, 1, repairs=repairs, seed=self.seed)
+        both = again.merge(table, on=keys, suffixes=("", "_read"))
+        if images.dataset == table["dataset"].iloc[0]:
+            agree = both["accuracy"].round(9).eq(both["accuracy_read"].round(9)) & both["flips"].eq(both["flips_read"])
+        else:
+            spread = table.groupby(["probability", "repair"])["accuracy"].agg(["min", "max"]).reset_index()
+            both = both.merge(spread, on=["probability", "repair"])
+            agree = both["accuracy"].between(both["min"] - 0.05, both["max"] + 0.05)
+        if not agree.all():
+            raise ValueError(f"{path}: trials computed anew differ from it:\n{both[~agree].to_string()}")
+        print(f"{len(table)} trials read from checkpoints/{path.parent.name}, {len(both)} computed anew: they agree")
+        return table
 
     def save_figure(self, name: str, figure: Figure, table: pd.DataFrame, source: str = "") -> None:
         """Write a figure as PNG and SVG, and the table that it was drawn from as CSV, under one name.

@@ -1,5 +1,6 @@
 """What a notebook's first cell gives: profile, paths, networks of the right size, figures whole or not at all."""
 
+import hashlib
 import io
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bnn_utils import data, tutorial
+from bnn_utils import campaign, checkpoints, data, tutorial
 from bnn_utils.training import Recipe, train
 from bnn_utils.tutorial import PROFILES, start
 
@@ -153,6 +154,77 @@ def test_dataset_and_trained(monkeypatch):
     (settings.networks / "vgg_cifar10_binary.safetensors").write_bytes(b"broken")
     again = settings.trained("vgg_cifar10_binary", dataset)
     assert torch.equal(again.features[3].weight, one.features[3].weight)
+
+
+# Networks and trials that are there already
+
+
+@pytest.fixture
+def shipped(monkeypatch, tmp_path):
+    """Settings whose pretrained VGG and its trials lie in a folder of our own; the images are digits."""
+    settings = start()
+    sizes = replace(settings.sizes, pretrained=True, trials=3, vgg_width=0.02)
+    settings, dataset = replace(settings, sizes=sizes), settings.dataset()
+    network = settings.network("vgg_cifar10_binary", dataset).eval()
+    folder = tmp_path / "checkpoints" / "vgg_cifar10"
+    folder.mkdir(parents=True)
+    checkpoints.save_packed(folder / "network.safetensors", network, mean=[0.25], std=[0.5])
+    digest = hashlib.sha256((folder / "network.safetensors").read_bytes()).hexdigest()
+    (folder.parent / "SHA256SUMS").write_text(f"{digest}  vgg_cifar10/network.safetensors\n")
+    monkeypatch.setattr(checkpoints, "PRETRAINED", folder.parent)
+    network, images = settings.trained("vgg_cifar10_binary", dataset), settings.dataset().test
+    table = campaign.run(network, images, [1e-4, 1e-2, 1e-1], 4, repairs=["none", "clip"], seed=settings.seed)
+    table.to_csv(folder / "damage-float32.csv", index=False)
+    return settings, folder, table
+
+
+def test_pretrained_networks_are_loaded_and_see_their_normalization(shipped, monkeypatch):
+    settings, _, _ = shipped
+    monkeypatch.setattr(tutorial, "train", None)
+    dataset = settings.dataset()
+    assert dataset.test.mean == dataset.train.mean == (0.25,) and dataset.test.std == (0.5,)
+    network = settings.trained("vgg_cifar10_binary", dataset)
+    assert not network.training and network.features[3].weight.abs().eq(1).all()
+    assert settings.ablation_data().name == "digits"
+
+
+def test_a_sweep_is_read_and_checked(shipped, capsys):
+    settings, folder, table = shipped
+    network, images = settings.trained("vgg_cifar10_binary", settings.dataset()), settings.dataset().test
+    read = settings.sweep(network, images, [1e-4, 1e-2], ["none", "clip"])
+    wanted = table[(table["probability"] < 0.1) & (table["trial"] < 3)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(read, wanted)
+    assert capsys.readouterr().out == "12 trials read from checkpoints/vgg_cifar10, 4 computed anew: they agree\n"
+    with pytest.raises(ValueError, match="not all trials"):
+        settings.sweep(network, images, [1e-4, 1e-3], ["none"])
+    first = (table["trial"] == 0) & (table["probability"] == 1e-2)
+    table.assign(accuracy=table["accuracy"].where(~first, table["accuracy"] + 1e-3)).to_csv(
+        folder / "damage-float32.csv", index=False
+    )
+    with pytest.raises(ValueError, match="computed anew differ"):
+        settings.sweep(network, images, [1e-4, 1e-2], ["none", "clip"])
+
+
+def test_on_other_images_a_sweep_is_held_against_the_spread(shipped):
+    settings, folder, table = shipped
+    network, images = settings.trained("vgg_cifar10_binary", settings.dataset()), settings.dataset().test
+    for off, agrees in ((0.04, True), (0.4, False)):
+        moved = table.assign(dataset="others", accuracy=table["accuracy"] + off)
+        moved.to_csv(folder / "damage-float32.csv", index=False)
+        if agrees:
+            assert len(settings.sweep(network, images, [1e-4], ["none"])) == 3
+        else:
+            with pytest.raises(ValueError, match="computed anew differ"):
+                settings.sweep(network, images, [1e-4], ["none"])
+
+
+def test_without_pretrained_networks_a_sweep_is_computed():
+    settings = start()
+    settings = replace(settings, sizes=replace(settings.sizes, trials=2))
+    dataset = settings.dataset()
+    network, images = settings.network("vgg_cifar10_binary", dataset, width=0.02), dataset.test.limit(50)
+    table = settings.sweep(network, images, [1e-2], ["none"])
+    pd.testing.assert_frame_equal(table, campaign.run(network, images, [1e-2], 2, repairs=["none"], seed=settings.seed))
 
 
 # Figures
