@@ -59,8 +59,10 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Two tests at a time, but the course alone: its time is tested too.
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 -m "not notebooks and not soak"
+	$(RUN) -m pytest -m notebooks
 
 soak: $(STAMP)
 	$(RUN) -m pytest -m soak

@@ -27,6 +27,7 @@ from bnn_utils.training import LOSSES, OPTIMIZERS, PRECISIONS, STATE_FILE, Evalu
 BEST_FILE = "best.safetensors"
 CONNECT_SECONDS = 5
 FIXED_TRIALS, MOST_TRIALS = 20, 10_000  # by default: without --until, with it
+SHORTCUTS: dict[str, bool | str] = {"published": True, "normalized": "normalized", "none": False}
 PUBLISHED_WORDS = {"none": "damaged", "clip": "clipped"}
 
 
@@ -66,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", choices=PRECISIONS, default=defaults.precision, help="of training's arithmetic")
     sub.add_argument("--compile", action="store_true", help="train with torch.compile, which needs a C++ compiler")
     sub.add_argument("--width", type=float, default=1.0, help="factor on every layer's size; 1.0 is as published")
+    sub.add_argument(
+        "--shortcut",
+        choices=SHORTCUTS,
+        help="of the ResNet: as published, added after BatchNorm (normalized), or none",
+    )
     sub.add_argument("--seed", type=int, default=defaults.seed)
     sub.add_argument(
         "--damage-train-rate",
@@ -184,19 +190,18 @@ def _train(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{folder}: holds no {STATE_FILE}, so there is nothing to resume")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume and not arguments.overwrite:
         raise FileExistsError(f"{folder}: is there already; go on with --resume, replace with --overwrite, or --save")
+    if arguments.shortcut and arguments.model != "resnet_binary":
+        raise ValueError(f"--shortcut is of resnet_binary, {arguments.model} has none")
     device = _device(arguments.device)
     keep_freed_memory()
 
     dataset = _load_data(arguments)
     _, in_channels, _, size = dataset.train.pixels.shape
     torch.manual_seed(recipe.seed)
-    model = build(
-        arguments.model,
-        num_classes=len(dataset.classes),
-        width=arguments.width,
-        in_channels=in_channels,
-        input_size=size,
-    )
+    config: dict[str, Any] = dict(num_classes=len(dataset.classes), width=arguments.width, in_channels=in_channels)
+    if arguments.shortcut:
+        config["shortcut"] = SHORTCUTS[arguments.shortcut]
+    model = build(arguments.model, input_size=size, **config)
     if arguments.start and not resume:  # an interrupted run has weights of its own
         model = _started(arguments.start, model)
     model = model.to(device).to(memory_format=torch.channels_last)

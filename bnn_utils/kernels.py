@@ -238,18 +238,21 @@ def _threshold_image(image, dots, threshold, direction, pool, out):
 
 
 @njit(nogil=True, cache=True)
-def _affine_image(image, x, shortcut, scale, shift, clamp, values, out):
+def _affine_image(image, x, shortcut, after, scale, shift, clamp, values, out):
     """Compute one image of `affine`."""
     channels, words = x.shape[3], out.shape[3]
-    added, kept = shortcut.shape[0] > 0, values.shape[0] > 0
+    kept = values.shape[0] > 0
+    before, after = shortcut.shape[0] > 0 and not after, shortcut.shape[0] > 0 and after
     result, positive = np.empty(channels, np.float32), np.zeros(64 * words, np.bool_)
     for row in range(x.shape[1]):
         for column in range(x.shape[2]):
             for c in range(channels):
                 value = np.float32(x[image, row, column, c])
-                if added:
+                if before:
                     value += shortcut[image, row, column, c]
                 result[c] = _fma(value, scale[c], shift[c])
+                if after:
+                    result[c] += shortcut[image, row, column, c]
                 positive[c] = result[c] >= 0
             for k in range(words):
                 out[image, row, column, k] = _word(positive.ctypes.data + 64 * k)
@@ -287,15 +290,15 @@ def _threshold_parallel(images, dots, threshold, direction, pool, out):
 
 
 @njit(nogil=True, cache=True)
-def _affine_serial(images, x, shortcut, scale, shift, clamp, values, out):
+def _affine_serial(images, x, shortcut, after, scale, shift, clamp, values, out):
     for image in range(images):
-        _affine_image(image, x, shortcut, scale, shift, clamp, values, out)
+        _affine_image(image, x, shortcut, after, scale, shift, clamp, values, out)
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _affine_parallel(images, x, shortcut, scale, shift, clamp, values, out):
+def _affine_parallel(images, x, shortcut, after, scale, shift, clamp, values, out):
     for image in prange(images):
-        _affine_image(image, x, shortcut, scale, shift, clamp, values, out)
+        _affine_image(image, x, shortcut, after, scale, shift, clamp, values, out)
 
 
 def dots(
@@ -361,6 +364,7 @@ def affine(
     scale: NDArray[np.float32],
     shift: NDArray[np.float32],
     *,
+    after: bool,
     clamp: bool,
     values: NDArray[np.float32],
     out: NDArray[np.uint64],
@@ -372,12 +376,13 @@ def affine(
         x: int32 or float32 (images, height, width, channels).
         shortcut: float32 of that shape, or without images for none.
         scale, shift: float32 (channels,).
+        after: add the shortcut after scale and shift: x * scale + shift + shortcut.
         clamp: whether to clamp.
         values: where the numbers go, float32 of the shape of `x`, or without images if only their signs are wanted.
         out: where their signs go, uint64 words (images, height, width, words).
         threads: to use.
     """
-    _run(_affine_serial, _affine_parallel, threads, len(x), x, shortcut, scale, shift, clamp, values, out)
+    _run(_affine_serial, _affine_parallel, threads, len(x), x, shortcut, after, scale, shift, clamp, values, out)
 
 
 def _run(serial: Any, parallel: Any, threads: int, *arguments: Any) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear
 
+SHORTCUTS = (True, False, "normalized")
+
 
 def _channels(published: int, width: float) -> int:
     return max(1, round(published * width))
@@ -93,28 +95,34 @@ class BasicBlock(nn.Module):
 
     The shortcut carries real values: the block's input, or its binarized 1x1 convolution with BatchNorm where the
     shape changes. `last` leaves out the second BatchNorm and Hardtanh; `shortcut=False` leaves out the shortcut.
+    `shortcut="normalized"` adds it between the second BatchNorm, which the last block then has too, and Hardtanh.
     """
 
-    def __init__(self, before: int, after: int, stride: int = 1, *, last: bool = False, shortcut: bool = True):
+    def __init__(self, before: int, after: int, stride: int = 1, *, last: bool = False, shortcut: bool | str = True):
         super().__init__()
+        self.normalized = shortcut == "normalized"
         self.conv1 = BinarizeConv2d(before, after, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(after)
         self.tanh1 = nn.Hardtanh()
         self.conv2 = BinarizeConv2d(after, after, 3, padding=1, bias=False)
-        self.bn2 = None if last else nn.BatchNorm2d(after)
+        self.bn2 = None if last and not self.normalized else nn.BatchNorm2d(after)
         self.tanh2 = None if last else nn.Hardtanh()
         self.downsample: nn.Module | None = None
         if shortcut and (stride != 1 or before != after):
             self.downsample = nn.Sequential(
                 BinarizeConv2d(before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after)
             )
-        self.shortcut = shortcut
+        self.shortcut = bool(shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(self.tanh1(self.bn1(self.conv1(x))))
+        if self.normalized and self.bn2 is not None:
+            out = self.bn2(out)
         if self.shortcut:
             out = out + (x if self.downsample is None else self.downsample(x))
-        return out if self.bn2 is None or self.tanh2 is None else self.tanh2(self.bn2(out))
+        if not self.normalized and self.bn2 is not None:
+            out = self.bn2(out)
+        return out if self.tanh2 is None else self.tanh2(out)
 
 
 class BinarizedResNet(nn.Module):
@@ -125,9 +133,13 @@ class BinarizedResNet(nn.Module):
     layer2: nn.Sequential
     layer3: nn.Sequential
 
-    def __init__(self, num_classes: int, depth: int, width: float, in_channels: int, input_size: int, shortcut: bool):
+    def __init__(
+        self, num_classes: int, depth: int, width: float, in_channels: int, input_size: int, shortcut: bool | str
+    ):
         super().__init__()
         _check_sizes(num_classes, width, in_channels, input_size, divisor=4)
+        if shortcut not in SHORTCUTS:
+            raise ValueError(f"shortcut must be True, False or 'normalized', got {shortcut!r}")
         if depth < 8:
             raise ValueError(f"depth must be at least 8, got {depth}")
         self.config = dict(
@@ -164,8 +176,9 @@ class BinarizedResNet(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The published network declares a BatchNorm in its last block and never calls it.
         last = f"{prefix}layer3.{len(self.layer3) - 1}.bn2."
-        for key in [key for key in state_dict if key.startswith(last)]:
-            del state_dict[key]
+        if self.config["shortcut"] != "normalized":
+            for key in [key for key in state_dict if key.startswith(last)]:
+                del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,7 +194,7 @@ def resnet_binary(
     width: float = 1.0,
     in_channels: int = 3,
     input_size: int = 32,
-    shortcut: bool = True,
+    shortcut: bool | str = True,
 ) -> BinarizedResNet:
     """Return the binarized ResNet of BinaryNet for small images, untrained.
 
@@ -196,7 +209,9 @@ def resnet_binary(
         width: factor on every channel count, in (0, 4].
         in_channels: of the image, which is not binarized.
         input_size: height and width of the image in pixels, a multiple of 4.
-        shortcut: False leaves out every shortcut, to see what they carry.
+        shortcut: True adds it to the sums of the second convolution, as published, beside which it is small; False
+            leaves out every shortcut, to see what they carry; "normalized" adds it after the second BatchNorm, as in
+            an ordinary ResNet, so that both signals are of one size, and the last block has that BatchNorm too.
 
     Returns:
         A module from images (batch, in_channels, input_size, input_size) to logits (batch, num_classes).
@@ -204,7 +219,8 @@ def resnet_binary(
     Raises:
         ValueError: an argument outside its range.
 
-    Source: He et al., Deep Residual Learning, CVPR 2016, section 4.2; the layer list of BinaryNet.pytorch.
+    Source: He et al., Deep Residual Learning, CVPR 2016, section 4.2; the layer list of BinaryNet.pytorch. Normalized
+    shortcuts in binarized networks: Liu et al., Bi-Real Net, ECCV 2018.
     """
     return BinarizedResNet(num_classes, depth, width, in_channels, input_size, shortcut)
 

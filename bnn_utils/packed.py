@@ -224,24 +224,36 @@ class Affine(nn.Module):
 
     def bits(self, x: Tensor) -> Tensor:
         """Return the signs of x * scale + shift alone, as words."""
-        return _affine(x, None, self.scale, self.shift, False, self.engine, keep=False)[1]
+        return _affine(x, None, self.scale, self.shift, False, False, self.engine, keep=False)[1]
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None, clamp: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, shortcut: Tensor | None = None, clamp: bool = False, after: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return (x + shortcut) * scale + shift, clamped to [-1, 1] if `clamp`, and its signs as words.
 
         Args:
             x: int32 or float32 (images, height, width, channels).
             shortcut: float32 of that shape, or None.
+            clamp: whether to clamp.
+            after: add the shortcut after scale and shift: x * scale + shift + shortcut.
         """
-        return _affine(x, shortcut, self.scale, self.shift, clamp, self.engine)
+        return _affine(x, shortcut, self.scale, self.shift, after, clamp, self.engine)
 
 
 def _affine(
-    x: Tensor, shortcut: Tensor | None, scale: Tensor, shift: Tensor, clamp: bool, engine: str, keep: bool = True
+    x: Tensor,
+    shortcut: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    after: bool,
+    clamp: bool,
+    engine: str,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     if engine == "torch":
-        y = x.float() if shortcut is None else x.float() + shortcut
+        y = x.float() if shortcut is None or after else x.float() + shortcut
         y = (y.double() * scale.double() + shift.double()).float()
+        y = y if shortcut is None or not after else y + shortcut
         y = functional.hardtanh(y) if clamp else y
         return y, _pack(y >= 0)
     none = torch.empty((0, 1, 1, 1))
@@ -252,6 +264,7 @@ def _affine(
         (none if shortcut is None else shortcut).numpy(),
         scale.numpy(),
         shift.numpy(),
+        after=after,
         clamp=clamp,
         values=values.numpy(),
         out=_array(out),
@@ -475,7 +488,7 @@ class PackedBlock(nn.Module):
         if block.downsample is not None:
             convolution, norm = block.downsample.children()
             self.downsample = nn.ModuleList([PackedLayer(convolution), Affine(norm)])
-        self.shortcut = block.shortcut
+        self.shortcut, self.normalized, self.clamp = block.shortcut, block.normalized, block.tanh2 is not None
 
     @property
     def reads_values(self) -> bool:
@@ -491,7 +504,7 @@ class PackedBlock(nn.Module):
         shortcut = x if self.shortcut else None
         if self.bn2 is None:
             return (dots.float() if shortcut is None else dots + shortcut), words
-        return self.bn2(dots, shortcut, clamp=True)
+        return self.bn2(dots, shortcut, clamp=self.clamp, after=self.normalized)
 
 
 class PackedResNet(PackedModel):

@@ -214,6 +214,8 @@ def test_wrong_sizes(make, wrong):
 def test_other_wrong_arguments():
     with pytest.raises(ValueError, match="depth must be at least 8, got 7"):
         resnet_binary(depth=7)
+    with pytest.raises(ValueError, match="shortcut must be True, False or 'normalized', got 'wide'"):
+        resnet_binary(shortcut="wide")
     with pytest.raises(ValueError, match=r"unknown model 'vgg'.*vgg_cifar10_binary, resnet_binary"):
         build("vgg")
 
@@ -258,9 +260,12 @@ def resnet_oracle(state, x, shortcut=True):
         if shortcut and stride == 2:
             x = functional.conv2d(sign(x), sign(state[f"{block}.downsample.0.weight"]), stride=2)
             x = batchnorm(x, state, f"{block}.downsample.1")
-        x = out + x if shortcut else out
-        if block != RESNET_BLOCKS[-1]:
-            x = batchnorm(x, state, f"{block}.bn2").clamp(-1, 1)
+        if shortcut == "normalized":
+            x = batchnorm(out, state, f"{block}.bn2") + x
+        else:
+            x = out + x if shortcut else out
+            x = x if block == RESNET_BLOCKS[-1] else batchnorm(x, state, f"{block}.bn2")
+        x = x if block == RESNET_BLOCKS[-1] else x.clamp(-1, 1)
     x = batchnorm(x.mean((2, 3)), state, "bn2").clamp(-1, 1)
     return batchnorm(sign(x) @ sign(state["fc.weight"]).T + state["fc.bias"], state, "bn3")
 
@@ -273,7 +278,7 @@ def test_vgg_forward(seed):
         torch.testing.assert_close(model(x), vgg_oracle(model.state_dict(), x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("shortcut", [True, False, "normalized"])
 @pytest.mark.parametrize("seed", range(3))
 def test_resnet_forward(seed, shortcut):
     model = randomized(resnet_binary(**SMALL, shortcut=shortcut), seed)

@@ -143,6 +143,7 @@ NETWORKS = {
     "resnet-8 plain": lambda: resnet(6, width=0.22, input_size=12, num_classes=4, shortcut=False),
     "resnet-14 12": lambda: resnet(7, width=0.3, depth=14, in_channels=3, input_size=12, num_classes=12),
     "resnet-18 plain": lambda: resnet(8, width=0.1, depth=18, in_channels=3, input_size=20, shortcut=False),
+    "resnet-14 normalized": lambda: resnet(10, width=0.2, depth=14, input_size=12, shortcut="normalized"),
     "resnet-20 28": lambda: resnet(9, width=0.04, depth=20, input_size=28, num_classes=3),
 }
 
@@ -456,7 +457,7 @@ def test_max_pooling_comes_before_a_threshold_of_either_direction(height, width,
 # ---------------------------------------------------------------- scale and shift
 
 
-def affine_by_definition(norm, x, shortcut, clamp):
+def affine_by_definition(norm, x, shortcut, clamp, after=False):
     """Compute BatchNorm as scale and shift, each rounded to float32, and one rounding of x * scale + shift."""
     with np.errstate(all="ignore"):
         weight, bias, mean, variance = (
@@ -465,14 +466,15 @@ def affine_by_definition(norm, x, shortcut, clamp):
         scale = np.float32(1) / np.sqrt(variance + np.float32(norm.eps)) * weight
         shift = (bias.astype(np.float64) - mean.astype(np.float64) * scale).astype(np.float32)
         y = x.numpy().astype(np.float32)
-        y = y if shortcut is None else y + shortcut.numpy()
+        y = y if shortcut is None or after else y + shortcut.numpy()
         y = (y.astype(np.float64) * scale + shift).astype(np.float32)
+        y = y + shortcut.numpy() if after else y
         return np.clip(y, -1, 1) if clamp else y
 
 
 @engines
 @pytest.mark.parametrize("clamp", [False, True])
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("added", ["not", "before", "after"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
 def test_affine_is_batchnorm(dtype, added, clamp, engine):
     g, channels = seeded(5), 67
@@ -484,15 +486,18 @@ def test_affine_is_batchnorm(dtype, added, clamp, engine):
         running_var=torch.rand(channels, generator=g) * 100,
     )
     x = torch.randint(-30, 31, (3, 5, 4, channels), generator=g).to(dtype)
-    shortcut = torch.randn(x.shape, generator=g) if added else None
+    shortcut, after = None if added == "not" else torch.randn(x.shape, generator=g), added == "after"
     affine = on(engine, Affine(norm))
-    values, words = affine(x, shortcut, clamp)
-    np.testing.assert_allclose(values.numpy(), affine_by_definition(norm, x, shortcut, clamp), rtol=1e-6, atol=1e-30)
+    values, words = affine(x, shortcut, clamp, after)
+    definition = affine_by_definition(norm, x, shortcut, clamp, after)
+    np.testing.assert_allclose(values.numpy(), definition, rtol=1e-6, atol=1e-30)
     assert torch.equal(words, words_of(values.permute(0, 3, 1, 2)))
     with torch.no_grad():
-        expected = norm((x + (shortcut if added else 0)).float().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        summed = (x + shortcut if added == "before" else x).float()
+        expected = norm(summed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        expected = expected + shortcut if after else expected
     torch.testing.assert_close(values, expected.clamp(-1, 1) if clamp else expected, rtol=1e-5, atol=1e-5)
-    if not added:
+    if added == "not":
         assert torch.equal(affine.bits(x), words)
 
 
@@ -517,7 +522,8 @@ def test_affine_of_numbers_that_are_not_ordinary(clamp, engine):
 def test_a_damaged_network_predicts_the_same_packed(build, engine):
     nans = specials = 0
     for seed, targets in itertools.product(range(12), (PARAMETERS, KINDS)):
-        model = build(40 + seed, shortcut=bool(seed % 3)) if build is resnet else build(40 + seed)
+        shortcut = (False, True, "normalized")[seed % 3]
+        model = build(40 + seed, shortcut=shortcut) if build is resnet else build(40 + seed)
         x = images_for(model, 6)
         with inject(model, 1e-2, seed=seed, targets=targets), torch.no_grad():
             expected, packed = model(x), pack(model, engine)
@@ -827,6 +833,7 @@ STAGED = {
     "resnet": resnet,
     "resnet of larger images": lambda: resnet(1, in_channels=3, input_size=16, width=0.2, depth=14),
     "resnet without shortcuts": lambda: resnet(2, shortcut=False),
+    "resnet with normalized shortcuts": lambda: resnet(4, shortcut="normalized"),
 }
 staged = pytest.mark.parametrize("name", STAGED)
 
