@@ -170,6 +170,17 @@ def test_train_for_errors_and_margins(tmp_path, capsys):
     assert f"best epoch {facts['epoch']}: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"), [("published", True), ("normalized", "normalized"), ("none", False), (None, True)]
+)
+def test_train_with_shortcuts_of_each_kind(tmp_path, capsys, word, meant):
+    arguments = ["train", "--model", "resnet_binary", "--dataset", "digits", "--width", 0.02, "--epochs", 1]
+    options = ["--batch-size", 512, "--results-dir", tmp_path, "--save", "run", *(["--shortcut", word] if word else [])]
+    assert run([*arguments, *options]) == 0
+    model, facts = checkpoints.load(tmp_path / "run/best.safetensors")
+    assert model.config["shortcut"] == facts["config"]["shortcut"] == meant
+
+
 def test_name_of_the_model_is_the_default_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = dict(model="resnet_binary", dataset="digits", width=0.02, epochs=1) | {"batch-size": 512}
@@ -572,6 +583,8 @@ BAD = [
     bad(f"{IMAGES} halved", "halved/train/a/2.png"),
     bad(f"{IMAGES} oblong", "16x8"),
     bad(f"{IMAGES} odd", "input_size"),
+    bad(f"{DIGITS} --shortcut normalized", "--shortcut is of resnet_binary, vgg_cifar10_binary has none"),
+    bad(f"{DIGITS} --shortcut long", "long"),
     bad(f"{DIGITS} --epochs 1 --save run", "results/run"),
     bad(f"{DIGITS} --epochs 1 --results-dir . --save a-file", "a-file"),
     bad(f"{RESUME} --epochs 3", "epochs 2"),
