@@ -195,8 +195,10 @@ def test_a_sweep_is_read_and_checked(shipped, capsys):
     wanted = table[(table["probability"] < 0.1) & (table["trial"] < 3)].reset_index(drop=True)
     pd.testing.assert_frame_equal(read, wanted)
     assert capsys.readouterr().out == "12 trials read from checkpoints/vgg_cifar10, 4 computed anew: they agree\n"
-    with pytest.raises(ValueError, match="not all trials"):
-        settings.sweep(network, images, [1e-4, 1e-3], ["none"])
+    pd.testing.assert_frame_equal(settings.sweep(network, images, [1e-4, 1e-3, 1e-2], ["none", "clip"]), wanted)
+    for probabilities, repairs in (([1e-3], ["none"]), ([1e-4], ["none", "range"])):
+        with pytest.raises(ValueError, match="not all trials"):
+            settings.sweep(network, images, probabilities, repairs)
     first = (table["trial"] == 0) & (table["probability"] == 1e-2)
     table.assign(accuracy=table["accuracy"].where(~first, table["accuracy"] + 1e-3)).to_csv(
         folder / "damage-float32.csv", index=False
