@@ -20,7 +20,7 @@ help:
 	@echo "make soak        kill campaigns at random moments and resume them (minutes)"
 	@echo "make publish     run the course and write its outputs into notebooks/, figures/published/ and README.md"
 	@echo "make badges      point badges, links and set-up cells at REPOSITORY=owner/name (default: git's origin)"
-	@echo "make benchmark   measure inference, kernel, injection and sweep into benchmarks/results/ (on an idle machine)"
+	@echo "make benchmark   measure inference, kernel, injection, sweep, training into benchmarks/results/ (on an idle machine)"
 	@echo "make clean       remove what runs have made (not $(VENV))"
 	@echo
 	@echo "Settings: PROFILE=quick|cifar10|full   PYTHON=python3   VENV=.venv"
@@ -46,6 +46,7 @@ benchmark: $(STAMP)
 	$(RUN) -m benchmarks.popcount
 	$(RUN) -m benchmarks.injection
 	$(RUN) -m benchmarks.sweep
+	$(RUN) -m benchmarks.training
 
 badges: $(STAMP)
 	@$(RUN) tools/notebooks.py badges --repository "$(REPOSITORY)"

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import bnn_utils
+from bnn_utils.data import Images
 from bnn_utils.models import build
 from bnn_utils.system import write_beside
 
@@ -96,6 +97,15 @@ def random_network(name: str, width: float, seed: int = 0, **config: Any) -> nn.
         for norm in norms:
             norm.momentum = momentum
     return network.eval()
+
+
+def random_images(n: int, size: int) -> Images:
+    """Return `n` images of random pixels and labels, in ten classes."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (n,), generator=generator)
+    names = tuple(str(number) for number in range(10))
+    return Images(pixels, labels, (0.5,) * 3, (0.25,) * 3, "random images", names)
 
 
 def round_robin(calls: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, list[float]]:

@@ -7,12 +7,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from benchmarks import common
 from bnn_utils import faults
-from bnn_utils.data import Images
 from bnn_utils.packed import pack
 from bnn_utils.plotting import label
 from bnn_utils.repair import REPAIRS
@@ -37,15 +35,6 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def random_images(n: int, size: int) -> Images:
-    """Return `n` images of random pixels and labels, in ten classes."""
-    generator = torch.Generator().manual_seed(3)
-    pixels = torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, 10, (n,), generator=generator)
-    names = tuple(str(number) for number in range(10))
-    return Images(pixels, labels, (0.5,) * 3, (0.25,) * 3, "random images", names)
-
-
 class Clock:
     """Seconds since it was made, or since it was last read."""
 
@@ -63,7 +52,7 @@ def measure(width: float, images: int, float_images: int, threads: int, size: in
     A trial's damage, and its undoing, serve all its repairs, so each evaluation bears its part of their time.
     """
     network = common.random_network(NETWORK, width, input_size=size)
-    data = {"packed": random_images(images, size), "float32": random_images(float_images, size)}
+    data = {"packed": common.random_images(images, size), "float32": common.random_images(float_images, size)}
     common_images = data["float32"].limit(min(images, float_images))
     for engine in (pack(network), network):  # the first evaluation also compiles, and asks for memory
         evaluate(engine, common_images.limit(2))

@@ -1,6 +1,9 @@
 """The benchmarks measure what they say: the same networks, work counted as it is, files written where they belong."""
 
+import contextlib
+import copy
 import sys
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks import common, inference, injection, popcount, runtimes, sweep
+from benchmarks import training as training_benchmark
 from bnn_utils import data, models, training
 
 
@@ -152,6 +156,89 @@ def test_sweep(tmp_path):
     assert (table[table["engine"] == "packed"]["pack_seconds"] > 0).all()
 
 
+def test_training(tmp_path):
+    table = quick(training_benchmark, tmp_path, "--device", "cpu", "--workers", "1")
+    contenders = list(zip(table["loop"], table["precision"], table["compiled"], strict=True))
+    assert contenders == [own for own in training_benchmark.CONTENDERS.values() if not own.compiled]
+    assert (table["device"] == "cpu").all()
+    assert (table[["images_per_second", "first_seconds", "speedup"]] > 0).all(axis=None)
+    assert (table["best_images_per_second"] >= table["images_per_second"]).all()
+    assert (table[table["loop"] == "plain"]["speedup"] == 1).all()
+
+
+def test_training_compares_within_rounds():
+    setting = training_benchmark.Setting("resnet_binary", 0.1, "cpu", threads=1, workers=2, batch=10, steps=3)
+    times = {"plain loop": [2.0, 3.0, 10.0], "library float32 compiled": [1.0, 2.0, 2.0]}
+    plain, library = training_benchmark.rows(setting, times, dict.fromkeys(times, 7.0))
+    assert (plain["images_per_second"], plain["best_images_per_second"], plain["speedup"]) == (10, 15, 1)
+    assert (library["images_per_second"], library["best_images_per_second"], library["speedup"]) == (15, 30, 2)
+    assert set(library) == set(training_benchmark.COLUMNS)
+    assert library["rounds"] == 3 and library["compiled"] and library["first_seconds"] == 7
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_training_loops_take_the_same_step(name, monkeypatch):
+    """On the same images in the same order, without crops and flips, from the same weights."""
+    monkeypatch.setattr(torch, "randperm", lambda n, generator=None: torch.arange(n))
+    images = common.random_images(16, size=32)
+    dataset = data.Dataset(images, images, images, padding=0, flip=False)
+    torch.manual_seed(0)
+    start = models.build(name, width=0.1)
+    recipe = training.Recipe(batch_size=16)
+    plain, library = copy.deepcopy(start), copy.deepcopy(start)
+    plain_result = training_benchmark.plain_loop(plain, dataset, recipe, workers=0)(1)
+    library_result = training_benchmark.library_loop(library, dataset, recipe)(1)
+    assert plain_result == pytest.approx(library_result, abs=1e-5)
+    before = start.state_dict()
+    for key, value in library.state_dict().items():
+        torch.testing.assert_close(plain.state_dict()[key], value, rtol=0, atol=1e-5)
+        assert not torch.equal(value, before[key])
+
+
+def test_training_pictures_are_cropped_and_mirrored():
+    pixels = torch.arange(1, 65, dtype=torch.uint8).repeat(1, 3, 64, 1)  # of every column a value of its own
+    images = data.Images(pixels, torch.tensor([3]), (0.0,) * 3, (1.0,) * 3, "ramp", ("a",))
+    pictures = training_benchmark.Pictures(data.Dataset(images, images, images, padding=4, flip=True))
+    seen = set()
+    for _ in range(200):
+        picture, label = pictures[0]
+        assert picture.shape == (3, 64, 64) and label == 3
+        row = (picture[0, 32] * 255).round().int().tolist()
+        mirrored = row[30] > row[34]
+        seen.add((mirrored, (row[::-1] if mirrored else row)[32] - 33))
+    assert seen == {(mirrored, shift) for mirrored in (False, True) for shift in range(-4, 5)}
+
+
+def test_training_shuffles_without_end():
+    drawn = list(islice(training_benchmark.shuffled(5), 15))
+    assert all(sorted(drawn[start : start + 5]) == list(range(5)) for start in (0, 5, 10))
+
+
+def test_training_leaves_out_what_cannot_be_compiled(monkeypatch, capsys):
+    def prepare(contender, setting, cache):
+        if contender.compiled:
+            raise ValueError("torch.compile does not work here")
+        return 1.0
+
+    class Here:
+        """Runs at once, in this process."""
+
+        def submit(self, function, *arguments):
+            self.value = function(*arguments)
+            return self
+
+        def result(self):
+            return self.value
+
+    monkeypatch.setattr(training_benchmark, "prepare", prepare)
+    monkeypatch.setattr(training_benchmark, "take_turn", lambda steps: None)
+    monkeypatch.setattr(training_benchmark, "_process", lambda: contextlib.nullcontext(Here()))
+    setting = training_benchmark.Setting("resnet_binary", 0.1, "cpu", threads=1, workers=2, batch=10, steps=3)
+    table = training_benchmark.measure(setting, list(training_benchmark.CONTENDERS), rounds=1, seconds=0)
+    assert len(table) == 3 and not any(row["compiled"] for row in table)
+    assert "library bfloat16 compiled skipped: torch.compile does not work here" in capsys.readouterr().out
+
+
 def test_round_robin_takes_turns():
     order = []
     times = common.round_robin({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2, seconds=0)
@@ -159,7 +246,7 @@ def test_round_robin_takes_turns():
     assert all(len(own) == 2 and min(own) > 0 for own in times.values())
 
 
-@pytest.mark.parametrize("benchmark", [inference, popcount, injection, sweep])
+@pytest.mark.parametrize("benchmark", [inference, popcount, injection, sweep, training_benchmark])
 def test_quick_never_replaces_results(benchmark, capsys):
     for arguments in (["--quick"], ["--quick", "--out", str(common.RESULTS)]):
         with pytest.raises(SystemExit) as raised:
