@@ -5,8 +5,10 @@ import asyncio
 import dataclasses
 import logging
 import multiprocessing
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from bnn_utils import campaign, checkpoints, data, faults
+from bnn_utils import campaign, checkpoints, data, faults, parallel
 from bnn_utils.models import MODELS, build
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
@@ -26,6 +28,7 @@ from bnn_utils.training import LOSSES, OPTIMIZERS, PRECISIONS, STATE_FILE, Evalu
 
 BEST_FILE = "best.safetensors"
 CONNECT_SECONDS = 5
+WAIT_SECONDS = 10  # as long as processes that start together may be apart
 FIXED_TRIALS, MOST_TRIALS = 20, 10_000  # by default: without --until, with it
 SHORTCUTS: dict[str, bool | str] = {"published": True, "normalized": "normalized", "none": False}
 PUBLISHED_WORDS = {"none": "damaged", "clip": "clipped"}
@@ -36,7 +39,20 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.split())  # an argument may hold line breaks
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+        _tell(f"{self.prog}: error: {message} (--help lists the arguments)")
+        self.exit(2)
+
+
+def _tell(message: str) -> None:
+    """Print what is wrong, once where torchrun has started several processes, in which the same is wrong.
+
+    torchrun ends the others as soon as it sees one end, so they wait until the first has told. Where they wait in
+    vain, nothing is wrong there, and they tell themselves.
+    """
+    if not parallel.first():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+        time.sleep(WAIT_SECONDS)
+    print(message, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +155,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and parallel.launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}, expected auto, cpu, cuda or cuda:N")
     try:
@@ -192,6 +210,10 @@ def _train(arguments: argparse.Namespace) -> None:
         raise FileExistsError(f"{folder}: is there already; go on with --resume, replace with --overwrite, or --save")
     if arguments.shortcut and arguments.model != "resnet_binary":
         raise ValueError(f"--shortcut is of resnet_binary, {arguments.model} has none")
+    if parallel.launched() and arguments.device.startswith("cuda:"):
+        raise ValueError(
+            f"--device {arguments.device}: each process takes a GPU of its own, expected auto, cuda or cpu"
+        )
     device = _device(arguments.device)
     keep_freed_memory()
 
@@ -220,13 +242,17 @@ def _train(arguments: argparse.Namespace) -> None:
         facts.update(epoch=row["epoch"], validation_accuracy=row["validation_accuracy"])
         checkpoints.save(folder / BEST_FILE, network, **facts)
 
-    print(
-        f"training {arguments.model} at width {arguments.width:g} on {dataset.name}, into {folder}",
-        flush=True,
-    )
-    history = train(
-        model, dataset.to(device), recipe, folder=folder, resume=resume, on_best=keep, on_epoch=_print_epoch
-    )
+    if parallel.first():
+        print(
+            f"training {arguments.model} at width {arguments.width:g} on {dataset.name}, into {folder}",
+            flush=True,
+        )
+    with parallel.group(device):
+        history = train(
+            model, dataset.to(device), recipe, folder=folder, resume=resume, on_best=keep, on_epoch=_print_epoch
+        )
+    if not parallel.first():
+        return
     best = history.loc[history.attrs["best_epoch"] - 1]
     tested = evaluate(model, dataset.test.to(device))
     facts.update(epoch=int(best["epoch"]), validation_accuracy=float(best["validation_accuracy"]))
@@ -461,11 +487,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
+        if parallel.first():
+            print("interrupted; what was finished is kept", file=sys.stderr)
         return 130
-    except (ValueError, OSError, campaign.WorkerError) as error:
-        message = " ".join(str(error).split())
-        print(f"python -m bnn_utils {parsed.command}: error: {message}", file=sys.stderr)
+    except (ValueError, OSError, campaign.WorkerError, parallel.ProcessError) as error:
+        message = f"python -m bnn_utils {parsed.command}: error: {' '.join(str(error).split())}"
+        if isinstance(error, parallel.ProcessError):  # the first may be the one that has ended
+            print(message, file=sys.stderr, flush=True)
+        else:
+            _tell(message)
         return 2
     return 0
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bnn_utils import parallel
 from bnn_utils.bits import sample_positions
 from bnn_utils.data import Dataset, Images, augment
 from bnn_utils.layers import binarized_weights, clamp_latent_weights
@@ -54,7 +55,7 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training part.
-        batch_size: images a step; a last incomplete batch is left out.
+        batch_size: images a step, of all processes together; a last incomplete batch is left out.
         lr: learning rate of the first step, which a cosine takes down to 1e-5 (or to lr, if that is less).
         weight_decay: L2 penalty on every parameter, added to its gradient as torch's Adam and SGD do.
         optimizer: "adam", or "sgd" with momentum 0.9.
@@ -322,8 +323,8 @@ def _train_epoch(
             group["lr"] = _learning_rate(recipe, (epoch + step / steps) / recipe.epochs)
         chosen = order[step * size : (step + 1) * size]
         pixels = augment(train.pixels[chosen], data.padding, data.flip, generator)
-        labels = train.labels[chosen]
-        x = train.normalized(pixels).contiguous(memory_format=torch.channels_last)
+        labels = parallel.share(train.labels[chosen])
+        x = train.normalized(parallel.share(pixels)).contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad(set_to_none=True)
         errors = None
         if damaging:
@@ -337,7 +338,9 @@ def _train_epoch(
         loss_sum += loss
         entropy_sum += functional.cross_entropy(logits.float(), labels)
         right += (logits.argmax(1) == labels).sum()
-    return Evaluation(loss_sum.item() / steps, right.item() / (steps * size)), entropy_sum.item() / steps
+    shares = steps * parallel.processes()
+    accuracy = parallel.total(right).item() / (steps * size)
+    return Evaluation(parallel.total(loss_sum).item() / shares, accuracy), parallel.total(entropy_sum).item() / shares
 
 
 def _identity(model: nn.Module, data: Dataset, recipe: Recipe) -> dict[str, Any]:
@@ -397,7 +400,9 @@ def train(
             result is that of an uninterrupted run.
         on_best: called with (model, history row) after every epoch that is the best so far.
         on_epoch: called with the history row after every epoch.
-        after_step: called with the model after every optimizer step and clamp; what it changes stays changed.
+        after_step: called with the model after every optimizer step and clamp; what it changes stays changed. Where
+            several processes train together, see `bnn_utils.parallel`, it is called in each of them; all else that
+            writes or tells is done by the first.
         progress: show a bar for every epoch.
 
     Returns:
@@ -408,7 +413,8 @@ def train(
         attrs["best_epoch"] is the epoch that was best.
 
     Raises:
-        ValueError: `folder` holds no run that this one could resume.
+        ValueError: `folder` holds no run that this one could resume, or a batch cannot be shared equally.
+        bnn_utils.parallel.ProcessError: another of several processes has ended.
 
     Source: Hubara et al., 2016, algorithm 1; Adam at 5e-3, no weight decay and batch 256 are the published recipe.
     Of errors and the margin loss, see `Recipe` and `margin_loss`.
@@ -416,7 +422,11 @@ def train(
     recipe = recipe or Recipe()
     identity = _identity(model, data, recipe)
     optimizer = _optimizer(model, recipe)
-    network: Network = _compiled(model) if recipe.compile else model
+    batch = min(recipe.batch_size, len(data.train))
+    if batch % parallel.processes():
+        raise ValueError(f"a batch of {batch} images has no equal shares for {parallel.processes()} processes")
+    averaged = parallel.averaging(model)
+    network: Network = _compiled(averaged) if recipe.compile else averaged
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
     damaging = False
@@ -431,11 +441,17 @@ def train(
         best = dict(epoch=max(rows, key=_score)["epoch"], damaging=False) | state["best"]
     elif folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
+    if not parallel.first():  # one writes; not before all have read, since its first epoch takes all of them
+        folder = on_best = on_epoch = None
+        progress = False
 
     for epoch in range(len(rows), recipe.epochs):
         started = time.perf_counter()
         signs = _signs(model)
-        trained, entropy = _train_epoch(model, network, data, recipe, epoch, optimizer, damaging, after_step, progress)
+        with parallel.whole_batch_norm(model):
+            trained, entropy = _train_epoch(
+                model, network, data, recipe, epoch, optimizer, damaging, after_step, progress
+            )
         flipped = _flipped_share(signs, _signs(model))
         validated = evaluate(model, data.validation)
         row = dict(
@@ -448,6 +464,7 @@ def train(
             sign_flips=flipped,
             seconds=time.perf_counter() - started,
         )
+        row = parallel.of_the_first(row)  # on machines that differ, all choose the same epoch
         rows.append(row)
         score = (damaging, *_score(row))
         improved = not best or score > (best["damaging"], *best["score"])
