@@ -28,7 +28,7 @@ from bnn_utils.training import LOSSES, OPTIMIZERS, PRECISIONS, STATE_FILE, Evalu
 
 BEST_FILE = "best.safetensors"
 CONNECT_SECONDS = 5
-WAIT_SECONDS = 10  # as long as processes that start together may be apart
+WAIT_SECONDS = 30  # as long as processes that start together may be apart
 FIXED_TRIALS, MOST_TRIALS = 20, 10_000  # by default: without --until, with it
 SHORTCUTS: dict[str, bool | str] = {"published": True, "normalized": "normalized", "none": False}
 PUBLISHED_WORDS = {"none": "damaged", "clip": "clipped"}

@@ -47,7 +47,7 @@ def started(*arguments):
 
 def finished(process):
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=600)
     finally:
         process.terminate()  # of torchrun, which ends the others; nothing where it has ended
     return out, err
@@ -162,7 +162,7 @@ def test_a_killed_process_ends_the_run_which_goes_on(tmp_path):
     epochs = 40
     options = [*TRAIN, "--epochs", epochs, "--batch-size", 256, "--results-dir", tmp_path]
     process = started("-m", "bnn_utils", *options, "--save", "run")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / "run/last.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, finished(process)
         time.sleep(0.02)
@@ -221,7 +221,7 @@ def test_what_is_wrong_everywhere_is_told_by_the_first(monkeypatch, capsys, wron
             monkeypatch.setenv("RANK", str(rank))
             assert status() == 2
             assert wrong[0][2:] in capsys.readouterr().err
-            assert waits == [(10, "")] * rank  # for the signal, before a word
+            assert waits == [(cli.WAIT_SECONDS, "")] * rank  # for the signal, before a word
         with pytest.raises(SystemExit) as stopped:
             signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
         assert stopped.value.code == 2
