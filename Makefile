@@ -62,7 +62,7 @@ lint: $(STAMP)
 
 # Two tests at a time, but the course alone: its time is tested too.
 test: lint
-	$(RUN) -m pytest -n 2 -m "not notebooks and not soak"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not notebooks and not soak"
 	$(RUN) -m pytest -m notebooks
 
 soak: $(STAMP)
