@@ -67,6 +67,18 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
+def test_a_profile_may_have_some_of_the_notebooks(tmp_path):
+    for name in ("01_one.ipynb", "05_five.ipynb", "06_six.ipynb"):
+        save(tmp_path, name, "1 + 1")
+
+    def names(*given):
+        return [path.name[:2] for path in tool.find_notebooks(tmp_path, *given)]
+
+    assert names() == names(None, ()) == ["01", "05", "06"]
+    assert names(None, ("05",)) == names([], ("05",)) == ["05"]
+    assert names(["06", "01"], ("05",)) == ["01", "06"]  # who names one, gets it
+
+
 def test_run_and_publish(course):
     before = files(course)
     done = command(course, "run")

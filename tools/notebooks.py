@@ -35,7 +35,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 ROOT = Path(__file__).resolve().parent.parent
 
 PROFILES = ("full", "cifar10", "quick")  # those of bnn_utils.tutorial, the most real first
-FIRST = {"cifar10": "05"}  # where the course begins in a profile that trains nothing
+ONLY = {"cifar10": ("05",)}  # the notebooks that hold in a profile, where that is not all of them
 SUFFIXES = (".png", ".svg", ".csv")
 QUICK_CELL_SECONDS = 600  # a cell of the quick profile that takes longer hangs
 KERNEL_EXIT_SECONDS = 60  # killed earlier, a busy machine's kernel leaves temporary files, and complaints about them
@@ -99,8 +99,8 @@ class Run:
 # ---------------------------------------------------------------- notebooks
 
 
-def find_notebooks(root: Path, wanted: list[str] | None = None, first: str = "") -> list[Path]:
-    """The course's notebooks in order, from `first` on; with `wanted`, only those of these numbers, names or paths."""
+def find_notebooks(root: Path, wanted: list[str] | None = None, only: tuple[str, ...] = ()) -> list[Path]:
+    """The course's notebooks in order; with `wanted`, only those of these numbers, names or paths, else of `only`."""
     every = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if not every:
         raise Stop(f"{root / 'notebooks'} has no notebooks named NN_name.ipynb", 2)
@@ -111,7 +111,7 @@ def find_notebooks(root: Path, wanted: list[str] | None = None, first: str = "")
         if not found:
             raise Stop(f"no notebook {word!r}; there are {', '.join(path.stem for path in every)}", 2)
         chosen.update(found)
-    return [path for path in every if (path in chosen if wanted else path.name >= first)]
+    return [path for path in every if (path in chosen if wanted else not only or path.name[:2] in only)]
 
 
 def read_notebook(path: Path) -> Any:
@@ -173,7 +173,7 @@ def first_line(text: str) -> str:
 def run_all(root: Path, profile: str, wanted: list[str], output: Path, jobs: int = 1) -> list[Run]:
     """Execute notebooks, `jobs` at a time, write their executed copies, print a table; a failing cell stops it all."""
     shutil.rmtree(networks_folder(output, profile), ignore_errors=True)  # what this run loads, this run has trained
-    paths = find_notebooks(root, wanted, FIRST.get(profile, ""))
+    paths = find_notebooks(root, wanted, ONLY.get(profile, ()))
     together = "" if min(jobs, len(paths)) == 1 else f", {jobs} at a time"
     print(f"Running {count(len(paths), 'notebook')}, profile {profile}{together}", flush=True)
     started, stopped = time.monotonic(), threading.Event()
@@ -325,7 +325,7 @@ def count(number: int, noun: str) -> str:
 
 def publish(root: Path, profile: str, wanted: list[str]) -> None:
     """Run notebooks, then write their outputs, minutes and figures into tracked files."""
-    for path in find_notebooks(root, wanted, FIRST.get(profile, "")):
+    for path in find_notebooks(root, wanted, ONLY.get(profile, ())):
         if not any(TIME.search(cell.source) for cell in opening(read_notebook(path))):
             raise Stop(f"{path.name} has no line that starts with **Time:** before its first code cell")
     runs = run_all(root, profile, wanted, root)
