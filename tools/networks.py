@@ -138,7 +138,8 @@ def accuracy(mean: float, half: float) -> str:
 
 def results(root: Path) -> str:
     """README's tables: the published figures beside ours, then packed storage and repairs."""
-    published = pd.read_csv(root / "notebooks" / "published.csv").set_index(["network", "repair", "probability"])
+    published = pd.read_csv(root / "notebooks" / "published.csv")
+    published = published.set_index(["network", "repair", "probability"]).sort_index()
     parts = []
     for name in SHOWN:
         folder = root / "checkpoints" / name
