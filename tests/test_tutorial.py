@@ -159,6 +159,13 @@ def test_dataset_and_trained(monkeypatch):
 # Networks and trials that are there already
 
 
+@pytest.mark.parametrize(("name", "width"), [("vgg_cifar10_binary", "vgg_width"), ("resnet_binary", "resnet_width")])
+def test_the_cifar10_profile_is_of_the_shipped_networks(name, width):
+    profile, (model, facts) = PROFILES["cifar10"], checkpoints.pretrained(tutorial.SHIPPED[name])
+    assert model.name == name and model.config["width"] == getattr(profile, width)
+    assert facts["dataset"].startswith("CIFAR-10") and facts["recipe"]["lr"] == profile.recipe.lr
+
+
 @pytest.fixture
 def shipped(monkeypatch, tmp_path):
     """Settings whose pretrained VGG and its trials lie in a folder of our own; the images are digits."""
@@ -205,6 +212,18 @@ def test_a_sweep_is_read_and_checked(shipped, capsys):
     )
     with pytest.raises(ValueError, match="computed anew differ"):
         settings.sweep(network, images, [1e-4, 1e-2], ["none", "clip"])
+
+
+def test_rounding_may_move_an_image_but_no_flip(shipped):
+    settings, folder, table = shipped
+    network, images = settings.trained("vgg_cifar10_binary", settings.dataset()), settings.dataset().test
+    for column, by, agrees in (("accuracy", 4e-4, True), ("accuracy", 6e-4, False), ("flips", 1, False)):
+        table.assign(**{column: table[column] + by}).to_csv(folder / "damage-float32.csv", index=False)
+        if agrees:
+            assert len(settings.sweep(network, images, [1e-4], ["none"])) == 3
+        else:
+            with pytest.raises(ValueError, match="computed anew differ"):
+                settings.sweep(network, images, [1e-4], ["none"])
 
 
 def test_on_other_images_a_sweep_is_held_against_the_spread(shipped):

@@ -18,10 +18,9 @@ import pandas as pd
 from bnn_utils import campaign, checkpoints, plotting
 from bnn_utils.system import write_beside
 from bnn_utils.training import Recipe
+from bnn_utils.tutorial import SHIPPED
 from tools.notebooks import ROOT, refresh, write
 
-SHOWN = ("vgg_cifar10", "resnet_cifar10")  # README's results are of these
-TITLES = {"vgg_cifar10_binary": "VGG", "resnet_binary": "ResNet"}
 LIMITS = """\
 - It was trained once, from one seed: intervals in its tables are over bit errors, not over trainings.
 - Its training images were 32x32 pixels of ten classes. It says one of these classes of any picture."""
@@ -73,6 +72,8 @@ def command(facts: dict[str, Any], name: str) -> str:
     """The command that trains a network of these facts: every setting that is not the default."""
     words = ["python -m bnn_utils train", f"--model {facts['network']}", "--dataset cifar10", "--data-path data"]
     words.append(f"--width {facts['config']['width']:g}")
+    if (shortcut := facts["config"].get("shortcut", True)) is not True:
+        words.append(f"--shortcut {shortcut or 'none'}")
     for field in fields(Recipe):
         value = facts["recipe"].get(field.name, field.default)
         if value != field.default:
@@ -95,7 +96,7 @@ def card(folder: Path) -> str:
     return f"""\
 # {folder.name}
 
-{TITLES[facts["network"]]} of {width:g} of the published width, one bit a weight. This page is made by
+{plotting.label(facts["network"])} of {width:g} of the published width, one bit a weight. This page is made by
 `python -m tools.networks` from `{checkpoints.NETWORK_FILE}`, which holds these facts too, and `history.csv`.
 
 | | |
@@ -141,17 +142,15 @@ def results(root: Path) -> str:
     published = pd.read_csv(root / "notebooks" / "published.csv")
     published = published.set_index(["network", "repair", "probability"]).sort_index()
     parts = []
-    for name in SHOWN:
+    for name in SHIPPED.values():
         folder = root / "checkpoints" / name
-        if not folder.is_dir():
-            continue
         facts = facts_of(folder)
         clean = facts["test_accuracy"]
         theirs = published.loc[facts["network"], "accuracy"]
         tables = [pd.read_csv(path) for path in sorted(folder.glob("damage-*.csv"))]
         ours = campaign.aggregate(pd.concat(tables)).set_index(["storage", "repair", "probability"])
         parts += [
-            f"**{TITLES[facts['network']]}**: published at full width, {theirs['none', 0]:.1%} undamaged; ours "
+            f"**{plotting.label(facts['network'])}**: published at full width, {theirs['none', 0]:.1%} undamaged; ours "
             f"[at {facts['config']['width']:g} of the width](checkpoints/{name}/README.md), {clean:.1%} undamaged on "
             f"the {10_000:,} test images of {facts['dataset']}.",
             "",
