@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -171,37 +172,49 @@ class Settings:
         return model
 
     def sweep(
-        self, network: nn.Module, images: data.Images, probabilities: Sequence[float], repairs: Sequence[str]
+        self,
+        network: nn.Module,
+        images: data.Images,
+        probabilities: Sequence[float],
+        repairs: Sequence[str],
+        *,
+        storage: str = "float32",
+        trials: int | None = None,
+        shipped: str = "damage-float32",
     ) -> pd.DataFrame:
-        """Return a campaign's table in float32 storage, `sizes.trials` trials a point.
+        """Return a campaign's table.
 
-        With `sizes.pretrained` it is read from checkpoints/, where it was made with all test images, at those of the
-        probabilities that are there; and one trial at each of two probabilities is computed anew and held against it:
-        where the images are those of the table, flips are the same and accuracies no more than 5 of 10,000 images
-        apart, since processors round differently; on others (the original instead of JPEG copies) accuracies lie
-        within 5 points of the range of the table's trials. This is computed on the CPU, as the table was.
+        With `sizes.pretrained` it is read from checkpoints/, at those of the probabilities that are there; and one
+        trial at 1e-4 and one at 1e-2, as far as they are there, are computed anew and held against it: where the images
+        are those of the table, flips are the same and accuracies no more than 5 of 10,000 images apart, since
+        processors round differently; on others (the original instead of JPEG copies) accuracies lie within 5 points of
+        the range of the table's trials. This is computed on the CPU, as the table was.
 
         Args:
             network: a network of this profile.
-            images: the test images.
-            probabilities, repairs: as for `campaign.run`.
+            images: the test images, or as many of them as the table was made with.
+            probabilities, repairs, storage: as for `campaign.run`.
+            trials: at each point; None is `sizes.trials`.
+            shipped: the table's name in the folder of the pretrained network.
 
         Raises:
             ValueError: the table lacks trials or a repair, or what was computed anew differs from it.
         """
+        trials = self.sizes.trials if trials is None else trials
+        how: dict[str, Any] = dict(storage=storage, repairs=repairs, seed=self.seed)
         if not self.sizes.pretrained:
-            trials = self.sizes.trials
-            return campaign.run(network, images, probabilities, trials, repairs=repairs, seed=self.seed)
-        path = checkpoints.PRETRAINED / SHIPPED[str(network.name)] / "damage-float32.csv"
+            return campaign.run(network, images, probabilities, trials, **how)
+        path = checkpoints.PRETRAINED / SHIPPED[str(network.name)] / f"{shipped}.csv"
         table = pd.read_csv(path)
         wanted = table["probability"].isin(probabilities) & table["repair"].isin(repairs)
-        table = table[wanted & (table["trial"] < self.sizes.trials)].reset_index(drop=True)
+        wanted &= (table["storage"] == storage) & (table["trial"] < trials)
+        table = table[wanted].reset_index(drop=True)
         there = table["probability"].unique()
-        if not len(table) or len(table) != len(there) * len(repairs) * self.sizes.trials:
+        if not len(table) or len(table) != len(there) * len(repairs) * trials:
             raise ValueError(f"{path}: has not all trials at these probabilities with these repairs")
         keys = ["probability", "repair", "trial"]
         some = [p for p in there if p in (1e-4, 1e-2)]
-        again = campaign.run(copy.deepcopy(network).cpu(), images.to("cpu"), some, 1, repairs=repairs, seed=self.seed)
+        again = campaign.run(copy.deepcopy(network).cpu(), images.to("cpu"), some, 1, **how)
         both = again.merge(table, on=keys, suffixes=("", "_read"))
         if images.dataset == table["dataset"].iloc[0]:
             near = (both["accuracy"] - both["accuracy_read"]).abs() <= 5e-4 + 1e-9

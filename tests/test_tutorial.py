@@ -214,6 +214,20 @@ def test_a_sweep_is_read_and_checked(shipped, capsys):
         settings.sweep(network, images, [1e-4, 1e-2], ["none", "clip"])
 
 
+def test_a_sweep_of_another_table_storage_and_number_of_trials(shipped, capsys):
+    settings, folder, table = shipped
+    network, images = settings.trained("vgg_cifar10_binary", settings.dataset()), settings.dataset().test
+    how = dict(storage="packed", repairs=["none", "range"], seed=settings.seed)
+    packed = campaign.run(network.cpu(), images, [1e-2], 4, **how)
+    pd.concat([table, packed]).to_csv(folder / "damage-repairs.csv", index=False)
+    chosen = dict(storage="packed", trials=2, shipped="damage-repairs")
+    read = settings.sweep(network, images, [1e-2], ["none", "range"], **chosen)
+    pd.testing.assert_frame_equal(read, packed[packed["trial"] < 2].reset_index(drop=True))
+    assert capsys.readouterr().out == "4 trials read from checkpoints/vgg_cifar10, 2 computed anew: they agree\n"
+    with pytest.raises(ValueError, match="not all trials"):
+        settings.sweep(network, images, [1e-2], ["none", "range"], **chosen | dict(trials=5))
+
+
 def test_rounding_may_move_an_image_but_no_flip(shipped):
     settings, folder, table = shipped
     network, images = settings.trained("vgg_cifar10_binary", settings.dataset()), settings.dataset().test
@@ -246,6 +260,9 @@ def test_without_pretrained_networks_a_sweep_is_computed():
     network, images = settings.network("vgg_cifar10_binary", dataset, width=0.02), dataset.test.limit(50)
     table = settings.sweep(network, images, [1e-2], ["none"])
     pd.testing.assert_frame_equal(table, campaign.run(network, images, [1e-2], 2, repairs=["none"], seed=settings.seed))
+    table = settings.sweep(network, images, [1e-2], ["range"], storage="packed", trials=3)
+    how = dict(storage="packed", repairs=["range"], seed=settings.seed)
+    pd.testing.assert_frame_equal(table, campaign.run(network, images, [1e-2], 3, **how))
 
 
 # Figures
