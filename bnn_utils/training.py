@@ -78,7 +78,8 @@ class Recipe:
         ValueError: a field outside its range.
 
     Source: the published recipe, see README.md. Errors: D. Stutz et al., Bit Error Robustness for Energy-Efficient
-    DNN Accelerators, MLSys 2021 (arXiv:2006.13977), whose published code starts them below 1.75 on CIFAR-10.
+    DNN Accelerators, MLSys 2021 (arXiv:2006.13977), whose published code starts them below 1.75 on CIFAR-10. That BatchNorm
+    normalizes the damaged network by running statistics is our choice.
     """
 
     epochs: int = 100
