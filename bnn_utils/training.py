@@ -63,8 +63,8 @@ class Recipe:
         seed: of the order of images, their crops and flips, and of the bit errors.
         damage_rate: bit error probability of the binarized weights in training, in [0, 1); 0 trains without errors.
             Otherwise a step averages the gradient of the clean loss and that of the loss at weights of which each is
-            flipped with this probability, drawn anew every step, under BatchNorm with its running statistics. The
-            latent weights take the average; errors never change them.
+            flipped with this probability, drawn anew every step. The latent weights take the average; errors never
+            change them.
         damage_below: errors start after the first epoch whose mean clean cross-entropy in training was below this
             many nats, and then stay. The default is the source's for 10 classes; more classes need a higher one.
         loss: what is trained, "cross-entropy" or "margin", see `margin_loss`.
@@ -78,8 +78,7 @@ class Recipe:
         ValueError: a field outside its range.
 
     Source: the published recipe, see README.md. Errors: D. Stutz et al., Bit Error Robustness for Energy-Efficient
-    DNN Accelerators, MLSys 2021 (arXiv:2006.13977), whose published code starts them below 1.75 on CIFAR-10. That BatchNorm
-    normalizes the damaged network by running statistics is our choice.
+    DNN Accelerators, MLSys 2021 (arXiv:2006.13977), whose published code starts them below 1.75 on CIFAR-10.
     """
 
     epochs: int = 100
@@ -245,16 +244,16 @@ def _compiled(model: nn.Module) -> Network:
 
 
 @contextmanager
-def _running_statistics(model: nn.Module) -> Iterator[None]:
-    """Have BatchNorm, in training mode, normalize by its running statistics, and leave them as they are."""
-    training = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Have BatchNorm, in training mode, normalize by the batch without updating its running statistics."""
+    tracking = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     try:
-        for module in training:
-            module.eval()
+        for module in tracking:
+            module.track_running_stats = False
         yield
     finally:
-        for module in training:
-            module.train()
+        for module in tracking:
+            module.track_running_stats = True
 
 
 def _forward(network: Network, x: Tensor, labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -284,10 +283,9 @@ def _backward(
         loss.backward()
         return logits.detach(), loss.detach()
     (loss / 2).backward()
-    # The damaged network is trained as it will be used: normalized by the clean network's statistics, which are
-    # computed once, before anything fails. Statistics of its own batch would take out of each channel what its wrong
-    # weights add to all images alike, and the network would never meet that.
-    with flipped_weights(model, recipe.damage_rate, errors), _running_statistics(model):
+    # Running statistics are those of the clean network: they are error-free in memory, and computed once, before
+    # anything fails; a mixture with the statistics of many differently damaged networks would fit none of them.
+    with flipped_weights(model, recipe.damage_rate, errors), _statistics_kept(model):
         _, damaged = _forward(network, x, labels, recipe)
         (damaged / 2).backward()
     return logits.detach(), (loss + damaged).detach() / 2
