@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from bnn_utils import campaign, checkpoints, data, faults, parallel
+from bnn_utils.layers import binarized_weights
 from bnn_utils.models import MODELS, build
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
@@ -88,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=SHORTCUTS,
         help="of the ResNet: as published, added after BatchNorm (normalized), or none",
     )
+    sub.add_argument(
+        "--float",
+        dest="binary",
+        action="store_false",
+        help="train the float network of the same shape, such as a teacher",
+    )
     sub.add_argument("--seed", type=int, default=defaults.seed)
     sub.add_argument(
         "--damage-train-rate",
@@ -107,6 +114,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--loss", choices=LOSSES, default=defaults.loss, help="what is trained")
     sub.add_argument(
         "--margin", type=float, default=defaults.margin, metavar="B", help=f"of the margin loss ({defaults.margin})"
+    )
+    sub.add_argument(
+        "--label-smoothing",
+        type=float,
+        default=defaults.label_smoothing,
+        metavar="S",
+        help="the share of the cross-entropy's target that all classes get alike",
+    )
+    sub.add_argument(
+        "--teacher", metavar="CHECKPOINT", help="train to follow this network's outputs too (distillation)"
+    )
+    sub.add_argument(
+        "--teacher-share",
+        type=float,
+        default=defaults.teacher_share,
+        metavar="A",
+        help="the share of the loss that follows the teacher; the rest is cross-entropy",
+    )
+    sub.add_argument(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        metavar="T",
+        help=f"of the teacher's and the network's softmax in that share ({defaults.temperature:g})",
     )
     sub.add_argument("--start", metavar="CHECKPOINT", help="start from these weights instead of random ones")
     sub.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on with an interrupted run")
@@ -178,23 +209,44 @@ def _load_data(arguments: argparse.Namespace) -> data.Dataset:
     return dataset
 
 
-def _load_trained(arguments: argparse.Namespace) -> tuple[nn.Module, data.Images]:
-    """Return the network and the test images, normalized as it was trained with."""
+def _load_trained(arguments: argparse.Namespace, packed: bool = False) -> tuple[nn.Module, data.Images]:
+    """Return the network and the test images, normalized as it was trained with; `packed`: it shall be packed."""
     model, facts = checkpoints.load(arguments.checkpoint)
+    if packed:
+        _check_binarized(arguments.checkpoint, model)
     images = _load_data(arguments).test.limit(arguments.limit)
-    config = facts["config"]
+    _check_fits(arguments.checkpoint, facts["config"], images, arguments.dataset)
+    if "mean" in facts and "std" in facts:
+        images = dataclasses.replace(images, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
+    device = _device(arguments.device)
+    return model.to(device), images.to(device)
+
+
+def _check_binarized(path: str, model: nn.Module) -> None:
+    if not binarized_weights(model):
+        raise ValueError(f"{path}: is a float network, which cannot be packed")
+
+
+def _check_fits(path: str, config: dict[str, Any], images: data.Images, dataset: str) -> None:
+    """Raise ValueError where the network of a checkpoint is one for other images or classes."""
     wanted = (config["in_channels"], config.get("input_size", images.pixels.shape[-1]), config["num_classes"])
     seen = (images.pixels.shape[1], images.pixels.shape[-1], len(images.classes))
     if wanted != seen:
         described = "{} channels, {} pixels a side, {} classes"
         raise ValueError(
-            f"{arguments.checkpoint}: its network wants {described.format(*wanted)}; "
-            f"{arguments.dataset} has {described.format(*seen)}"
+            f"{path}: its network wants {described.format(*wanted)}; {dataset} has {described.format(*seen)}"
         )
-    if "mean" in facts and "std" in facts:
-        images = dataclasses.replace(images, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
-    device = _device(arguments.device)
-    return model.to(device), images.to(device)
+
+
+def _load_teacher(path: str, images: data.Images, dataset: str) -> nn.Module:
+    """Return the network of a checkpoint, which must be one for such images, normalized as they are."""
+    model, facts = checkpoints.load(path)
+    _check_fits(path, facts["config"], images, dataset)
+    for name in ("mean", "std"):
+        there, here = tuple(facts.get(name, getattr(images, name))), tuple(getattr(images, name))
+        if there != here:
+            raise ValueError(f"{path}: was trained on images normalized by the {name} {there}; {dataset} has {here}")
+    return model
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -223,10 +275,16 @@ def _train(arguments: argparse.Namespace) -> None:
     config: dict[str, Any] = dict(num_classes=len(dataset.classes), width=arguments.width, in_channels=in_channels)
     if arguments.shortcut:
         config["shortcut"] = SHORTCUTS[arguments.shortcut]
+    if not arguments.binary:
+        config["binary"] = False
     model = build(arguments.model, input_size=size, **config)
     if arguments.start and not resume:  # an interrupted run has weights of its own
         model = _started(arguments.start, model)
     model = model.to(device).to(memory_format=torch.channels_last)
+    teacher = None
+    if arguments.teacher:
+        teacher = _load_teacher(arguments.teacher, dataset.train, arguments.dataset)
+        teacher = teacher.to(device).to(memory_format=torch.channels_last)
     facts: dict[str, Any] = dict(
         dataset=dataset.name,
         classes=dataset.classes,
@@ -237,19 +295,26 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     if arguments.start:
         facts["start"] = Path(arguments.start).name
+    if arguments.teacher:
+        facts["teacher"] = Path(arguments.teacher).name
 
     def keep(network: nn.Module, row: dict[str, Any]) -> None:
         facts.update(epoch=row["epoch"], validation_accuracy=row["validation_accuracy"])
         checkpoints.save(folder / BEST_FILE, network, **facts)
 
     if parallel.first():
-        print(
-            f"training {arguments.model} at width {arguments.width:g} on {dataset.name}, into {folder}",
-            flush=True,
-        )
+        what = arguments.model if arguments.binary else f"the float form of {arguments.model}"
+        print(f"training {what} at width {arguments.width:g} on {dataset.name}, into {folder}", flush=True)
     with parallel.group(device):
         history = train(
-            model, dataset.to(device), recipe, folder=folder, resume=resume, on_best=keep, on_epoch=_print_epoch
+            model,
+            dataset.to(device),
+            recipe,
+            folder=folder,
+            resume=resume,
+            on_best=keep,
+            on_epoch=_print_epoch,
+            teacher=teacher,
         )
     if not parallel.first():
         return
@@ -266,7 +331,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _started(path: str, wanted: nn.Module) -> nn.Module:
     """Return the network of a checkpoint, which must be of the name and the shape that is wanted."""
     model, _ = checkpoints.load(path)
-    before, here = ({"network": network.name, **network.config} for network in (model, wanted))  # type: ignore[dict-item]
+    before, here = ({"network": network.name, "binary": True, **network.config} for network in (model, wanted))  # type: ignore[dict-item]
     differing = [f"{key} {before.get(key)!r} there, {here[key]!r} here" for key in here if before.get(key) != here[key]]
     if differing:
         raise ValueError(f"{path}: is of another network: {'; '.join(differing)}")
@@ -299,7 +364,7 @@ def _on_the_cpu(arguments: argparse.Namespace, what: str) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.packed:
         _on_the_cpu(arguments, "packed networks compute")
-    model, images = _load_trained(arguments)
+    model, images = _load_trained(arguments, arguments.packed)
     if arguments.packed:
         model = pack(model)
     print(f"{_described(evaluate(model, images))} on {len(images)} test images of {images.dataset}")
@@ -310,6 +375,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     if output.exists():
         raise FileExistsError(f"{output}: is there already; name another file")
     model, facts = checkpoints.load(arguments.checkpoint)
+    _check_binarized(arguments.checkpoint, model)
     pack(model)  # what cannot be packed is told before anything is written
     checkpoints.save_packed(output, model, **{key: facts[key] for key in facts if key != "versions"})
     before, after = Path(arguments.checkpoint).stat().st_size, output.stat().st_size
@@ -395,7 +461,7 @@ def _damage(arguments: argparse.Namespace) -> None:
         _on_the_cpu(arguments, "packed networks compute")
     if arguments.workers is not None or arguments.cluster is not None:
         _on_the_cpu(arguments, "workers compute")
-    model, images = _load_trained(arguments)
+    model, images = _load_trained(arguments, arguments.storage == "packed")
     repairs = list(dict.fromkeys(arguments.repair))
     trials = arguments.trials
     if trials is None:

@@ -60,15 +60,17 @@ def save_packed(path: str | os.PathLike[str], model: nn.Module, **facts: Any) ->
 
     Args, Raises: as for `save`.
     """
+    if not (weights := binarized_weights(model)):
+        raise TypeError(f"only binarized networks can be saved with one bit a weight, got {type(model).__name__}")
     state = model.state_dict()
-    for name, weight in binarized_weights(model).items():
+    for name, weight in weights.items():
         state[name] = torch.from_numpy(pack_signs(weight.detach().cpu().flatten()).view(np.int64))
     _save(path, model, state, {**facts, "packed": True})
 
 
 def _save(path: str | os.PathLike[str], model: nn.Module, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
     name, config = getattr(model, "name", None), getattr(model, "config", None)
-    if name is None or config is None or not binarized_weights(model):
+    if name is None or config is None or (config.get("binary", True) and not binarized_weights(model)):
         raise TypeError(f"only networks of bnn_utils.models can be saved, got {type(model).__name__}")
     versions = {"bnn_utils": bnn_utils.__version__, "torch": torch.__version__}
     described = json.dumps({"network": name, "config": config, **facts, "versions": versions})

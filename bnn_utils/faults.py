@@ -293,16 +293,16 @@ def inject(
 ) -> Iterator[Flips]:
     """Damage the memory of `model` in place; on leaving, an exception too, every bit is back.
 
-    Memory is float32 storage: every parameter a 32-bit float, binarized weights as +1.0 and -1.0, biases and
-    BatchNorm scale and shift as trained; running statistics are error-free unless targeted. A packed network's
-    memory is packed storage, its buffers as they are. Every bit of the targeted tensors errs with the probability
-    that the error model gives it, exactly; bits that hold nothing never change. With "flip" errors are independent:
-    their number is binomial, their positions distinct and uniform. Work and memory follow the number of errors. The
-    errors of a tensor depend on `seed`, `probability`, `error`, its name, size and mask, and, if the rates differ,
-    on its bits, not on the device, the threads or the other targets.
+    Memory is float32 storage: every parameter a 32-bit float, binarized weights as +1.0 and -1.0, all others (biases,
+    BatchNorm scale and shift, the weights of a float network) as trained; running statistics are error-free unless
+    targeted. A packed network's memory is packed storage, its buffers as they are. Every bit of the targeted tensors
+    errs with the probability that the error model gives it, exactly; bits that hold nothing never change. With "flip"
+    errors are independent: their number is binomial, their positions distinct and uniform. Work and memory follow the
+    number of errors. The errors of a tensor depend on `seed`, `probability`, `error`, its name, size and mask, and, if
+    the rates differ, on its bits, not on the device, the threads or the other targets.
 
-    A damaged float32 weight still acts as one bit, since its layer binarizes it: only its sign matters, and NaN
-    reads as -1.
+    A damaged float32 weight of a binarized layer still acts as one bit, since the layer binarizes it: only its sign
+    matters, and NaN reads as -1.
 
     Args:
         model: a network with float32 parameters, on any device, or a packed one.

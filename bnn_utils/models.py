@@ -1,4 +1,4 @@
-"""The two published networks, at any width, and a table of what their layers cost."""
+"""The two published networks, at any width, binarized or not, and a table of what their layers cost."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +14,23 @@ SHORTCUTS = (True, False, "normalized")
 
 def _channels(published: int, width: float) -> int:
     return max(1, round(published * width))
+
+
+def _convolution(
+    binary: bool, before: int, after: int, kernel: int, *, binarize_input: bool = True, **options: Any
+) -> nn.Conv2d:
+    if not binary:
+        return nn.Conv2d(before, after, kernel, **options)
+    return BinarizeConv2d(before, after, kernel, binarize_input=binarize_input, **options)
+
+
+def _linear(binary: bool, before: int, after: int) -> nn.Linear:
+    return BinarizeLinear(before, after) if binary else nn.Linear(before, after)
+
+
+def _kind(binary: bool) -> dict[str, Any]:
+    # Nothing for binarized networks: their files and runs say the same as before there were float ones.
+    return {} if binary else {"binary": False}
 
 
 def _check_sizes(num_classes: int, width: float, in_channels: int, input_size: int, divisor: int) -> None:
@@ -32,30 +49,32 @@ class BinarizedVGG(nn.Module):
 
     name = "vgg_cifar10_binary"
 
-    def __init__(self, num_classes: int, width: float, in_channels: int, input_size: int):
+    def __init__(self, num_classes: int, width: float, in_channels: int, input_size: int, binary: bool = True):
         super().__init__()
         _check_sizes(num_classes, width, in_channels, input_size, divisor=8)
-        self.config = dict(num_classes=num_classes, width=width, in_channels=in_channels, input_size=input_size)
+        self.config: dict[str, Any] = dict(
+            num_classes=num_classes, width=width, in_channels=in_channels, input_size=input_size, **_kind(binary)
+        )
         channels = [_channels(c, width) for c in (384, 384, 768, 768, 1536, 512)]
         hidden = _channels(1024, width)
 
         features: list[nn.Module] = []
         before = in_channels
         for index, after in enumerate(channels):
-            features.append(BinarizeConv2d(before, after, 3, padding=1, binarize_input=index > 0))
+            features.append(_convolution(binary, before, after, 3, padding=1, binarize_input=index > 0))
             if index % 2:
                 features.append(nn.MaxPool2d(2))
             features += [nn.BatchNorm2d(after), nn.Hardtanh()]
             before = after
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(
-            BinarizeLinear(before * (input_size // 8) ** 2, hidden),
+            _linear(binary, before * (input_size // 8) ** 2, hidden),
             nn.BatchNorm1d(hidden),
             nn.Hardtanh(),
-            BinarizeLinear(hidden, hidden),
+            _linear(binary, hidden, hidden),
             nn.BatchNorm1d(hidden),
             nn.Hardtanh(),
-            BinarizeLinear(hidden, num_classes),
+            _linear(binary, hidden, num_classes),
             nn.BatchNorm1d(num_classes, affine=False),
         )
 
@@ -64,7 +83,7 @@ class BinarizedVGG(nn.Module):
 
 
 def vgg_cifar10_binary(
-    num_classes: int = 10, width: float = 1.0, in_channels: int = 3, input_size: int = 32
+    num_classes: int = 10, width: float = 1.0, in_channels: int = 3, input_size: int = 32, binary: bool = True
 ) -> BinarizedVGG:
     """Return the binarized VGG of BinaryNet, untrained.
 
@@ -78,6 +97,8 @@ def vgg_cifar10_binary(
         width: factor on every channel and hidden count, in (0, 4].
         in_channels: of the image, which is not binarized.
         input_size: height and width of the image in pixels, a multiple of 8.
+        binary: False builds the float network of the same shape: ordinary convolutions and linear layers in the place
+            of the binarized ones, everything else the same.
 
     Returns:
         A module from images (batch, in_channels, input_size, input_size) to logits (batch, num_classes).
@@ -87,7 +108,7 @@ def vgg_cifar10_binary(
 
     Source: Hubara et al., Binarized Neural Networks, NeurIPS 2016; the layer list of BinaryNet.pytorch.
     """
-    return BinarizedVGG(num_classes, width, in_channels, input_size)
+    return BinarizedVGG(num_classes, width, in_channels, input_size, binary)
 
 
 class BasicBlock(nn.Module):
@@ -98,19 +119,28 @@ class BasicBlock(nn.Module):
     `shortcut="normalized"` adds it between the second BatchNorm, which the last block then has too, and Hardtanh.
     """
 
-    def __init__(self, before: int, after: int, stride: int = 1, *, last: bool = False, shortcut: bool | str = True):
+    def __init__(
+        self,
+        before: int,
+        after: int,
+        stride: int = 1,
+        *,
+        last: bool = False,
+        shortcut: bool | str = True,
+        binary: bool = True,
+    ):
         super().__init__()
         self.normalized = shortcut == "normalized"
-        self.conv1 = BinarizeConv2d(before, after, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = _convolution(binary, before, after, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(after)
         self.tanh1 = nn.Hardtanh()
-        self.conv2 = BinarizeConv2d(after, after, 3, padding=1, bias=False)
+        self.conv2 = _convolution(binary, after, after, 3, padding=1, bias=False)
         self.bn2 = None if last and not self.normalized else nn.BatchNorm2d(after)
         self.tanh2 = None if last else nn.Hardtanh()
         self.downsample: nn.Module | None = None
         if shortcut and (stride != 1 or before != after):
             self.downsample = nn.Sequential(
-                BinarizeConv2d(before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after)
+                _convolution(binary, before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after)
             )
         self.shortcut = bool(shortcut)
 
@@ -134,7 +164,14 @@ class BinarizedResNet(nn.Module):
     layer3: nn.Sequential
 
     def __init__(
-        self, num_classes: int, depth: int, width: float, in_channels: int, input_size: int, shortcut: bool | str
+        self,
+        num_classes: int,
+        depth: int,
+        width: float,
+        in_channels: int,
+        input_size: int,
+        shortcut: bool | str,
+        binary: bool = True,
     ):
         super().__init__()
         _check_sizes(num_classes, width, in_channels, input_size, divisor=4)
@@ -142,17 +179,18 @@ class BinarizedResNet(nn.Module):
             raise ValueError(f"shortcut must be True, False or 'normalized', got {shortcut!r}")
         if depth < 8:
             raise ValueError(f"depth must be at least 8, got {depth}")
-        self.config = dict(
+        self.config: dict[str, Any] = dict(
             num_classes=num_classes,
             depth=depth,
             width=width,
             in_channels=in_channels,
             input_size=input_size,
             shortcut=shortcut,
+            **_kind(binary),
         )
         blocks = (depth - 2) // 6
         channels = [_channels(c, width) for c in (80, 160, 320)]
-        self.conv1 = BinarizeConv2d(in_channels, channels[0], 3, padding=1, bias=False, binarize_input=False)
+        self.conv1 = _convolution(binary, in_channels, channels[0], 3, padding=1, bias=False, binarize_input=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.tanh1 = nn.Hardtanh()
         before = channels[0]
@@ -161,16 +199,16 @@ class BinarizedResNet(nn.Module):
             for block in range(blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
                 last = stage == 3 and block == blocks - 1
-                layer.append(BasicBlock(before, after, stride, last=last, shortcut=shortcut))
+                layer.append(BasicBlock(before, after, stride, last=last, shortcut=shortcut, binary=binary))
                 before = after
             setattr(self, f"layer{stage}", layer)
         self.bn2 = nn.BatchNorm1d(before)
         self.tanh2 = nn.Hardtanh()
-        self.fc = BinarizeLinear(before, num_classes)
+        self.fc = _linear(binary, before, num_classes)
         self.bn3 = nn.BatchNorm1d(num_classes)
 
         for module in self.modules():
-            if isinstance(module, BinarizeConv2d):
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -195,6 +233,7 @@ def resnet_binary(
     in_channels: int = 3,
     input_size: int = 32,
     shortcut: bool | str = True,
+    binary: bool = True,
 ) -> BinarizedResNet:
     """Return the binarized ResNet of BinaryNet for small images, untrained.
 
@@ -212,6 +251,8 @@ def resnet_binary(
         shortcut: True adds it to the sums of the second convolution, as published, beside which it is small; False
             leaves out every shortcut, to see what they carry; "normalized" adds it after the second BatchNorm, as in
             an ordinary ResNet, so that both signals are of one size, and the last block has that BatchNorm too.
+        binary: False builds the float network of the same shape: ordinary convolutions and linear layers in the place
+            of the binarized ones, everything else the same.
 
     Returns:
         A module from images (batch, in_channels, input_size, input_size) to logits (batch, num_classes).
@@ -222,7 +263,7 @@ def resnet_binary(
     Source: He et al., Deep Residual Learning, CVPR 2016, section 4.2; the layer list of BinaryNet.pytorch. Normalized
     shortcuts in binarized networks: Liu et al., Bi-Real Net, ECCV 2018.
     """
-    return BinarizedResNet(num_classes, depth, width, in_channels, input_size, shortcut)
+    return BinarizedResNet(num_classes, depth, width, in_channels, input_size, shortcut, binary)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -246,8 +287,9 @@ def summary(model: nn.Module) -> pd.DataFrame:
     """Return what each layer of a network holds and does, one row a layer, in the order of the forward pass.
 
     Columns: layer, type, output (channels x height x width), binary_weights, floats (biases, BatchNorm scale and
-    shift), statistics (BatchNorm running mean and variance), float32_bytes (every number a 32-bit float),
-    packed_bytes (1 bit a binarized weight, the rest 32-bit floats), macs (multiply-accumulates for one image).
+    shift, all weights of a float network), statistics (BatchNorm running mean and variance), float32_bytes (every
+    number a 32-bit float), packed_bytes (1 bit a binarized weight, the rest 32-bit floats), macs
+    (multiply-accumulates for one image).
 
     Args:
         model: a network of this module.
@@ -256,7 +298,8 @@ def summary(model: nn.Module) -> pd.DataFrame:
 
     def record(name: str, module: nn.Module) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            binary = module.weight.numel() if isinstance(module, BINARIZED) else 0
+            weights = module.weight.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
+            binary = weights if isinstance(module, BINARIZED) else 0
             parameters = sum(p.numel() for p in module.parameters())
             statistics = sum(b.numel() for b in module.buffers() if b.is_floating_point())
             floats = parameters - binary
@@ -270,7 +313,7 @@ def summary(model: nn.Module) -> pd.DataFrame:
                     statistics=statistics,
                     float32_bytes=4 * (parameters + statistics),
                     packed_bytes=-(-binary // 8) + 4 * (floats + statistics),
-                    macs=binary * output[0, 0].numel(),
+                    macs=weights * output[0, 0].numel(),
                 )
             )
 

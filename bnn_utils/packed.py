@@ -571,6 +571,8 @@ def _check(model: nn.Module) -> None:
     """Raise TypeError for a network that cannot be packed."""
     if type(model) not in _KINDS:  # no subclass: it may differ
         raise TypeError(f"only networks of bnn_utils.models can be packed, got {type(model).__name__}")
+    if not model.config.get("binary", True):  # type: ignore[operator, union-attr]
+        raise TypeError(f"only binarized networks can be packed, got the float form of {model.name}")
     known = _as_built(model.name, *model.config.items())  # type: ignore[operator, union-attr]
     for own, line in zip_longest(str(model).splitlines(), known.splitlines(), fillvalue="nothing"):
         if own != line:

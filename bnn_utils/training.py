@@ -1,12 +1,13 @@
-"""The published recipe and training for errors: watch the signs, keep the best epoch; and evaluate."""
+"""The published recipe, training for errors and from a teacher: watch the signs, keep the best epoch; evaluate."""
 
 import copy
+import hashlib
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +72,11 @@ class Recipe:
         margin: of the margin loss, in units of a logit. Both published networks end with a BatchNorm that has no scale
             and no shift, so that a unit is the standard deviation of the class's logit over a batch. The default is
             the largest value that all images of a class can reach if c = 10 classes are equally frequent, sqrt(c - 1).
+        label_smoothing: the share of the cross-entropy's target, in [0, 1), that all classes get alike; the image's
+            own class gets the rest.
+        teacher_share: the share of the loss, in [0, 1], that is `distillation_loss` of a teacher's logits; the rest is
+            the cross-entropy. Above 0 it takes a teacher, see `train`.
+        temperature: of that loss, a positive number.
         compile: train with torch.compile, which joins the many passes over activations into few; it takes up to a
             minute first, and a C++ compiler on the CPU.
 
@@ -78,7 +84,8 @@ class Recipe:
         ValueError: a field outside its range.
 
     Source: the published recipe, see README.md. Errors: D. Stutz et al., Bit Error Robustness for Energy-Efficient
-    DNN Accelerators, MLSys 2021 (arXiv:2006.13977), whose published code starts them below 1.75 on CIFAR-10.
+    DNN Accelerators, MLSys 2021 (arXiv:2006.13977), whose published code starts them below 1.75 on CIFAR-10. Label
+    smoothing: C. Szegedy et al., Rethinking the Inception Architecture, CVPR 2016 (arXiv:1512.00567), section 7.
     """
 
     epochs: int = 100
@@ -92,6 +99,9 @@ class Recipe:
     damage_below: float = 1.75
     loss: str = "cross-entropy"
     margin: float = 3.0
+    label_smoothing: float = 0.0
+    teacher_share: float = 0.0
+    temperature: float = 1.0
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -117,10 +127,23 @@ class Recipe:
             raise ValueError(f"unknown loss {self.loss!r}, expected one of {', '.join(LOSSES)}")
         if not 0 < self.margin < float("inf"):
             raise ValueError(f"margin must be a positive number, got {self.margin}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if not 0 <= self.teacher_share <= 1:
+            raise ValueError(f"teacher_share must lie in [0, 1], got {self.teacher_share}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a positive number, got {self.temperature}")
+        if self.loss != "cross-entropy":
+            for name in ("label_smoothing", "teacher_share"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} goes with the loss cross-entropy, got {getattr(self, name)} with {self.loss}"
+                    )
 
 
-# Fields that recipes did not always have: without them, a run was trained as their defaults say.
-_LATER = {name: getattr(Recipe, name) for name in ("damage_rate", "damage_below", "loss", "margin", "compile")}
+# What recipes and networks did not always tell: where a run does not, it was trained as these defaults say.
+_ALWAYS = ("epochs", "batch_size", "lr", "weight_decay", "optimizer", "precision", "seed")
+_LATER = {"binary": True} | {field.name: field.default for field in fields(Recipe) if field.name not in _ALWAYS}
 
 
 def batches(images: Images, batch_size: int = 500) -> Iterator[Tensor]:
@@ -196,6 +219,24 @@ def margin_loss(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
     return functional.relu(margin - y * logits).mean()
 
 
+def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T^2 KL(p || q), the mean over images, for p = softmax(teacher / T) and q = softmax(logits / T).
+
+    KL(p || q) = sum over classes of p log(p / q). The gradients of a softened distribution shrink as 1 / T^2; the
+    factor T^2 keeps their size, so that T leaves the balance with another loss as it is.
+
+    Args:
+        logits: (n, classes), floating point, of the network that is trained.
+        teacher: (n, classes), of its teacher for the same images.
+        temperature: T; above 1 it softens both distributions.
+
+    Source: G. Hinton, O. Vinyals and J. Dean, Distilling the Knowledge in a Neural Network, 2015 (arXiv:1503.02531),
+    section 2.
+    """
+    q, p = (functional.log_softmax(each / temperature, 1) for each in (logits, teacher))
+    return temperature**2 * functional.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
 @contextmanager
 def flipped_weights(model: nn.Module, probability: float, generator: np.random.Generator) -> Iterator[int]:
     """Flip the sign of each binarized weight of `model` with `probability`, until the context ends.
@@ -256,13 +297,23 @@ def _statistics_kept(model: nn.Module) -> Iterator[None]:
             module.track_running_stats = True
 
 
-def _forward(network: Network, x: Tensor, labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Return the logits and the loss that is trained."""
+def _logits(network: Network, x: Tensor, recipe: Recipe) -> Tensor:
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        logits = network(x)
+        return network(x).float()
+
+
+def _forward(
+    network: Network, x: Tensor, labels: Tensor, recipe: Recipe, taught: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the logits and the loss that is trained; `taught` are the teacher's logits."""
+    logits = _logits(network, x, recipe)
     if recipe.loss == "margin":
-        return logits, margin_loss(logits.float(), labels, recipe.margin)
-    return logits, functional.cross_entropy(logits.float(), labels)
+        return logits, margin_loss(logits, labels, recipe.margin)
+    loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    if taught is None:
+        return logits, loss
+    distilled = distillation_loss(logits, taught, recipe.temperature)
+    return logits, (1 - recipe.teacher_share) * loss + recipe.teacher_share * distilled
 
 
 def _backward(
@@ -272,13 +323,14 @@ def _backward(
     labels: Tensor,
     recipe: Recipe,
     errors: np.random.Generator | None,
+    taught: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Add a step's gradient, with `errors` the average of the clean and the damaged one; `network` computes `model`.
 
     Returns:
         The clean logits, and the loss whose gradient that is.
     """
-    logits, loss = _forward(network, x, labels, recipe)
+    logits, loss = _forward(network, x, labels, recipe, taught)
     if errors is None:
         loss.backward()
         return logits.detach(), loss.detach()
@@ -286,7 +338,7 @@ def _backward(
     # Running statistics are those of the clean network: they are error-free in memory, and computed once, before
     # anything fails; a mixture with the statistics of many differently damaged networks would fit none of them.
     with flipped_weights(model, recipe.damage_rate, errors), _statistics_kept(model):
-        _, damaged = _forward(network, x, labels, recipe)
+        _, damaged = _forward(network, x, labels, recipe, taught)
         (damaged / 2).backward()
     return logits.detach(), (loss + damaged).detach() / 2
 
@@ -301,6 +353,7 @@ def _train_epoch(
     damaging: bool,
     after_step: Callable[[nn.Module], None] | None,
     progress: bool,
+    teacher: nn.Module | None = None,
 ) -> tuple[Evaluation, float]:
     """Train for one epoch; return its loss and accuracy, and the mean clean cross-entropy."""
     train = data.train
@@ -330,24 +383,37 @@ def _train_epoch(
         if damaging:
             # A stream of its own for every step: a resumed run draws the errors of an uninterrupted one.
             errors = np.random.default_rng(np.random.SeedSequence([recipe.seed, epoch], spawn_key=(step,)))
-        logits, loss = _backward(model, network, x, labels, recipe, errors)
+        taught = None
+        if teacher is not None:
+            with torch.no_grad():
+                taught = _logits(teacher, x, recipe)
+        logits, loss = _backward(model, network, x, labels, recipe, errors, taught)
         optimizer.step()
         clamp_latent_weights(model)
         if after_step is not None:
             after_step(model)
         loss_sum += loss
-        entropy_sum += functional.cross_entropy(logits.float(), labels)
+        entropy_sum += functional.cross_entropy(logits, labels)
         right += (logits.argmax(1) == labels).sum()
     shares = steps * parallel.processes()
     accuracy = parallel.total(right).item() / (steps * size)
     return Evaluation(parallel.total(loss_sum).item() / shares, accuracy), parallel.total(entropy_sum).item() / shares
 
 
-def _identity(model: nn.Module, data: Dataset, recipe: Recipe) -> dict[str, Any]:
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
+
+
+def _identity(model: nn.Module, data: Dataset, recipe: Recipe, teacher: nn.Module | None) -> dict[str, Any]:
     """Return what must agree before a run may go on from a state file."""
     network = {"network": getattr(model, "name", type(model).__name__), **getattr(model, "config", {})}
     told = {key: value for key, value in asdict(recipe).items() if key not in _LATER or value != _LATER[key]}
-    return {**network, "dataset": data.name, "train_images": len(data.train), **told}
+    taught = {} if teacher is None else {"teacher": _digest(teacher)}
+    return {**network, "dataset": data.name, "train_images": len(data.train), **told, **taught}
 
 
 def _score(row: dict[str, Any]) -> tuple[float, float]:
@@ -383,6 +449,7 @@ def train(
     on_best: Callable[[nn.Module, dict[str, Any]], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     after_step: Callable[[nn.Module], None] | None = None,
+    teacher: nn.Module | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Train `model` in place and leave it, in evaluation mode, as it was after its best epoch.
@@ -392,7 +459,7 @@ def train(
     trained with errors is better than any without, since errors are what the network is trained for.
 
     Args:
-        model: a binarized network, on the device of `data`.
+        model: a binarized network, or a float one, on the device of `data`.
         data: its three parts.
         recipe: see Recipe; None is the published one.
         folder: where to keep last.pt (to resume from) and history.csv after every epoch; None keeps nothing.
@@ -403,6 +470,9 @@ def train(
         after_step: called with the model after every optimizer step and clamp; what it changes stays changed. Where
             several processes train together, see `bnn_utils.parallel`, it is called in each of them; all else that
             writes or tells is done by the first.
+        teacher: a trained network for the same images and classes, on the device of `data`, whose logits
+            `recipe.teacher_share` of the loss follows. It sees the images of each step as the model does, in
+            evaluation mode, in which it is left, and stays as it is. With errors, the damaged loss follows it too.
         progress: show a bar for every epoch.
 
     Returns:
@@ -413,14 +483,23 @@ def train(
         attrs["best_epoch"] is the epoch that was best.
 
     Raises:
-        ValueError: `folder` holds no run that this one could resume, or a batch cannot be shared equally.
+        ValueError: `folder` holds no run that this one could resume, or a batch cannot be shared equally; a teacher
+            without a share, or a share without a teacher; errors for a network that has no binarized weights.
         bnn_utils.parallel.ProcessError: another of several processes has ended.
 
     Source: Hubara et al., 2016, algorithm 1; Adam at 5e-3, no weight decay and batch 256 are the published recipe.
-    Of errors and the margin loss, see `Recipe` and `margin_loss`.
+    Of errors and the other losses, see `Recipe`, `margin_loss` and `distillation_loss`.
     """
     recipe = recipe or Recipe()
-    identity = _identity(model, data, recipe)
+    if teacher is not None and not recipe.teacher_share:
+        raise ValueError("a teacher needs a teacher_share above 0, got 0.0")
+    if teacher is None and recipe.teacher_share:
+        raise ValueError(f"teacher_share {recipe.teacher_share} needs a teacher, got none")
+    if recipe.damage_rate and not binarized_weights(model):
+        raise ValueError(f"damage_rate {recipe.damage_rate} flips binarized weights, and this network has none")
+    if teacher is not None:
+        teacher.eval()
+    identity = _identity(model, data, recipe, teacher)
     optimizer = _optimizer(model, recipe)
     batch = min(recipe.batch_size, len(data.train))
     if batch % parallel.processes():
@@ -450,7 +529,7 @@ def train(
         signs = _signs(model)
         with parallel.whole_batch_norm(model):
             trained, entropy = _train_epoch(
-                model, network, data, recipe, epoch, optimizer, damaging, after_step, progress
+                model, network, data, recipe, epoch, optimizer, damaging, after_step, progress, teacher
             )
         flipped = _flipped_share(signs, _signs(model))
         validated = evaluate(model, data.validation)
@@ -497,13 +576,14 @@ class Job:
         columns: what tells it from the others, as the table's columns: {"last": "none", "seed": 0}.
         model: the network, untrained, on the device of the data.
         recipe: how it is trained.
-        after_step: see `train`; it travels to the worker as it is.
+        after_step, teacher: see `train`; they travel to the worker as they are.
     """
 
     columns: dict[str, Any]
     model: nn.Module
     recipe: Recipe
     after_step: Callable[[nn.Module], None] | None = None
+    teacher: nn.Module | None = None
 
 
 def _train_job(job: Job, data: Dataset) -> tuple[nn.Module, pd.DataFrame]:
@@ -511,7 +591,7 @@ def _train_job(job: Job, data: Dataset) -> tuple[nn.Module, pd.DataFrame]:
     torch.set_num_threads(1)  # sums depend on how they are split, so here and in a worker alike
     model = copy.deepcopy(job.model)
     try:
-        history = train(model, data, job.recipe, after_step=job.after_step, progress=False)
+        history = train(model, data, job.recipe, after_step=job.after_step, teacher=job.teacher, progress=False)
     finally:
         torch.set_num_threads(threads)
     for position, (name, value) in enumerate(job.columns.items()):
@@ -528,7 +608,7 @@ def train_many(
     networks of the jobs stay as they are.
 
     Args:
-        jobs: the trainings; network, columns and data travel to the workers, so keep them small.
+        jobs: the trainings; networks, columns and data travel to the workers, so keep them small.
         data: for all of them; on a GPU they run one after another, whatever `workers` says.
         workers: processes, at least 1; 1 trains in this one.
         models: a list to which the trained networks are added, in the order of `jobs`; None drops them.

@@ -73,7 +73,17 @@ def refused(path):
 # Save and load
 
 
-@pytest.mark.parametrize("build_model", [vgg, resnet, lambda: resnet(depth=8, shortcut=False), lambda: vgg(width=0.03)])
+@pytest.mark.parametrize(
+    "build_model",
+    [
+        vgg,
+        resnet,
+        lambda: resnet(depth=8, shortcut=False),
+        lambda: vgg(width=0.03),
+        lambda: vgg(binary=False),
+        lambda: resnet(binary=False),
+    ],
+)
 def test_comes_back_bit_for_bit(tmp_path, build_model):
     model = build_model()
     for index, parameter in enumerate(model.parameters()):
@@ -165,6 +175,8 @@ def test_what_cannot_be_saved(tmp_path):
         save(tmp_path / "a", vgg(), tensor=torch.zeros(2))
     with pytest.raises(OSError, match="nowhere"):
         save(tmp_path / "nowhere" / "a", vgg())
+    with pytest.raises(TypeError, match="only binarized networks can be saved with one bit a weight, got BinarizedVGG"):
+        save_packed(tmp_path / "a", vgg(binary=False))
     assert list(tmp_path.iterdir()) == []
 
 

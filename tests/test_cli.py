@@ -100,8 +100,11 @@ def world(tmp_path_factory):
         "colour": vgg_cifar10_binary(width=0.02, in_channels=3, input_size=8),
         "larger": vgg_cifar10_binary(width=0.02, in_channels=1, input_size=16),
         "three": resnet_binary(width=0.02, in_channels=1, input_size=8, num_classes=3),
+        "float": vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8, binary=False),
     }.items():
         checkpoints.save(world / f"{name}.safetensors", model)
+    model, _ = checkpoints.load(world / "float.safetensors")
+    checkpoints.save(world / "scaled.safetensors", model, mean=[0.5], std=[0.5])
     (world / "results/broken-state").mkdir()
     state = (world / "results/run/last.pt").read_bytes()
     (world / "results/broken-state/last.pt").write_bytes(state[: len(state) // 2])
@@ -168,6 +171,32 @@ def test_train_for_errors_and_margins(tmp_path, capsys):
     assert facts["epoch"] == expected.attrs["best_epoch"] > 1  # the first is trained without errors
     assert facts["validation_accuracy"] == expected["validation_accuracy"][facts["epoch"] - 1]
     assert f"best epoch {facts['epoch']}: " in capsys.readouterr().out
+
+
+def test_train_from_a_float_teacher(tmp_path, capsys):
+    options = [*TRAIN, "--results-dir", tmp_path, "--save"]
+    assert run([*options, "float", "--float", "--epochs", 2]) == 0
+    assert "training the float form of vgg_cifar10_binary at width 0.05 on digits" in capsys.readouterr().out
+    kept = tmp_path / "float/best.safetensors"
+    teacher, facts = checkpoints.load(kept)
+    assert not binarized_weights(teacher) and facts["config"]["binary"] is False
+    test = data.digits().test
+    assert facts["test_accuracy"] == evaluate(teacher, test).accuracy
+    assert run(["evaluate", "-e", kept, "--dataset", "digits"]) == 0
+    assert run(["damage", "-e", kept, "--dataset", "digits", "--trials", 1, "--limit", 20]) == 0
+    assert f"acc {facts['test_accuracy']:.4f} on 360" in capsys.readouterr().out
+
+    chosen = dict(label_smoothing=0.1, teacher_share=0.4, temperature=2.0)
+    told = ["--label-smoothing", 0.1, "--teacher", kept, "--teacher-share", 0.4, "--temperature", 2]
+    assert run([*options, "taught", "--epochs", 2, *told]) == 0
+    recipe = Recipe(epochs=2, batch_size=128, seed=3, **chosen)
+    torch.manual_seed(3)
+    model = vgg_cifar10_binary(width=0.05, in_channels=1, input_size=8).to(memory_format=torch.channels_last)
+    expected = train(model, data.digits(), recipe, teacher=teacher.to(memory_format=torch.channels_last))
+    history = pd.read_csv(tmp_path / "taught/history.csv")
+    pd.testing.assert_frame_equal(history.drop(columns="seconds"), expected.drop(columns="seconds"))
+    facts = checkpoints.load(tmp_path / "taught/best.safetensors")[1]
+    assert facts["recipe"] == vars(recipe) and facts["teacher"] == "best.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -558,6 +587,20 @@ BAD = [
     bad(f"{DIGITS} --loss hinge", "hinge"),
     bad(f"{DIGITS} --margin 0", "margin"),
     bad(f"{DIGITS} --margin nan", "margin"),
+    bad(f"{DIGITS} --label-smoothing 1", "label_smoothing must lie in [0, 1), got 1.0"),
+    bad(f"{DIGITS} --label-smoothing 0.1 --loss margin", "label_smoothing goes with the loss cross-entropy"),
+    bad(f"{DIGITS} --teacher-share 1.5", "teacher_share must lie in [0, 1], got 1.5"),
+    bad(f"{DIGITS} --teacher-share 0.5", "teacher_share 0.5 needs a teacher"),
+    bad(f"{DIGITS} --teacher float.safetensors", "a teacher needs a teacher_share"),
+    bad(f"{DIGITS} --temperature 0", "temperature"),
+    bad(f"{DIGITS} --teacher-share 0.5 --teacher missing.safetensors", "missing.safetensors"),
+    bad(f"{DIGITS} --teacher-share 0.5 --teacher three.safetensors", "wants 1 channels, 8 pixels a side, 3 classes"),
+    bad(
+        f"{DIGITS} --teacher-share 0.5 --teacher colour.safetensors", "colour.safetensors: its network wants 3 channels"
+    ),
+    bad(f"{DIGITS} --teacher-share 0.5 --teacher scaled.safetensors", "normalized by the mean (0.5,)"),
+    bad(f"{DIGITS} --float --damage-train-rate 0.1", "this network has none"),
+    bad(f"{DIGITS} --width 0.02 --start float.safetensors", "binary False there, True here"),
     bad(f"{DIGITS} --width 0", "width"),
     bad(f"{DIGITS} --width nan", "width"),
     bad(f"{DIGITS} --width 1e9", "width"),
@@ -593,6 +636,8 @@ BAD = [
     bad(f"{RESUME} --damage-train-rate 0.1", "damage_rate 0.0 there, 0.1 here"),
     bad(f"{RESUME} --loss margin", "loss 'cross-entropy' there, 'margin' here"),
     bad(f"{RESUME} --width 0.1", "width"),
+    bad(f"{RESUME} --float", "binary True there, False here"),
+    bad(f"{RESUME} --label-smoothing 0.1", "label_smoothing 0.0 there, 0.1 here"),
     bad(f"{RESUME} --model resnet_binary", "network"),
     bad(f"{RESUME} results/nothing", "results/nothing"),
     bad(f"{RESUME} results/broken-state", "broken-state"),
@@ -620,6 +665,11 @@ BAD = [
     bad("pack -e results/run/best.safetensors", "-o"),
     bad("pack -o new.safetensors", "-e"),
     bad("pack -e cut.safetensors -o new.safetensors", "cut.safetensors"),
+    bad(
+        "pack -e float.safetensors -o new.safetensors", "float.safetensors: is a float network, which cannot be packed"
+    ),
+    bad("evaluate --dataset digits --packed -e float.safetensors", "float network, which cannot be packed"),
+    bad("damage --dataset digits --storage packed -e float.safetensors", "float network, which cannot be packed"),
     bad("pack -e missing.safetensors -o new.safetensors", "missing.safetensors"),
     bad("pack -e results/run/best.safetensors -o cut.safetensors", "cut.safetensors"),
     bad("pack -e results/run/best.safetensors -o results", "results"),

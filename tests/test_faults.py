@@ -188,6 +188,18 @@ def test_what_is_yielded_is_what_changed(p):
     assert flips.total == sum(counts.values()) > 0
 
 
+def test_weights_of_a_float_network_err_as_the_floats_that_they_are():
+    model = vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8, binary=False)
+    layers = ("features.3.weight", "classifier.3.weight")
+    assert {stored_tensors(model)[name].kind for name in layers} == {"weights"}
+    before = bits_of(model)
+    after, flips = damaged_bits(model, 0.1, seed=6, targets="weights")
+    changed = {name: int(np.unpackbits((before[name] ^ after[name]).view(np.uint8)).sum()) for name in before}
+    assert flips.tensors == {name: count for name, count in changed.items() if count}
+    assert set(layers) < set(flips.tensors) and flips.bits.min() > 0
+    assert same(before, bits_of(model))
+
+
 def test_flips_without_any():
     assert Flips().total == 0
     assert Flips().bits.shape == (32,)

@@ -235,7 +235,7 @@ def batchnorm(x, state, name):
     return x
 
 
-def vgg_oracle(state, x):
+def vgg_oracle(state, x, sign=sign):
     for index, norm, pooled in ((0, 1, 0), (3, 5, 1), (7, 8, 0), (10, 12, 1), (14, 15, 0), (17, 19, 1)):
         x = x if index == 0 else sign(x)
         x = functional.conv2d(x, sign(state[f"features.{index}.weight"]), state[f"features.{index}.bias"], padding=1)
@@ -249,7 +249,7 @@ def vgg_oracle(state, x):
     return x
 
 
-def resnet_oracle(state, x, shortcut=True):
+def resnet_oracle(state, x, shortcut=True, sign=sign):
     x = functional.conv2d(x, sign(state["conv1.weight"]), padding=1)
     x = batchnorm(x, state, "bn1").clamp(-1, 1)
     for block in RESNET_BLOCKS:
@@ -286,6 +286,70 @@ def test_resnet_forward(seed, shortcut):
     expected = resnet_oracle(model.state_dict(), x, shortcut)
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def by_hand_vgg(channels, hidden, before, classes):
+    """The float VGG as one flat list of torch's own layers."""
+    layers = []
+    for index, after in enumerate(channels):
+        layers.append(nn.Conv2d(before, after, 3, padding=1))
+        layers += [nn.MaxPool2d(2)] if index % 2 else []
+        layers += [nn.BatchNorm2d(after), nn.Hardtanh()]
+        before = after
+    layers += [nn.Flatten(), nn.Linear(4 * before, hidden), nn.BatchNorm1d(hidden), nn.Hardtanh()]
+    layers += [nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.Hardtanh()]
+    return nn.Sequential(*layers, nn.Linear(hidden, classes), nn.BatchNorm1d(classes, affine=False))
+
+
+def test_float_vgg_is_the_sequential_of_torchs_layers():
+    torch.manual_seed(0)
+    model = vgg_cifar10_binary(**SMALL, binary=False)
+    torch.manual_seed(0)
+    twin = by_hand_vgg((19, 19, 38, 38, 77, 26), 51, before=2, classes=7)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in twin.parameters()]
+    x, labels = image(model, batch=8).float(), torch.arange(8) % 7
+    for network in (model, twin):
+        functional.cross_entropy(network(x), labels).backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(ours, theirs) and torch.equal(ours.grad, theirs.grad)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), twin.eval()(x))
+
+
+@pytest.mark.parametrize("shortcut", [True, False, "normalized"])
+def test_float_resnet_forward(shortcut):
+    model = randomized(resnet_binary(**SMALL, shortcut=shortcut, binary=False))
+    x = image(model)
+    expected = resnet_oracle(model.state_dict(), x, shortcut, sign=lambda values: values)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@every_network
+def test_float_form_has_the_names_shapes_and_first_weights_of_the_binarized(make):
+    networks = []
+    for binary in (True, False):
+        torch.manual_seed(0)
+        networks.append(make(**SMALL, binary=binary))
+    binarized, floats = networks
+    states = [network.state_dict() for network in networks]
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert floats.config == binarized.config | {"binary": False} and "binary" not in binarized.config
+    assert not binarized_weights(floats)
+    assert not [m for m in floats.modules() if type(m).__name__.startswith("Binarize") and hasattr(m, "weight")]
+    again = build(floats.name, **floats.config)
+    assert str(again) == str(floats)
+
+
+@every_network
+def test_summary_of_the_float_form(make):
+    floats, binarized = summary(make(**SMALL, binary=False)), summary(make(**SMALL))
+    assert floats["binary_weights"].sum() == 0
+    assert list(floats["floats"]) == list(binarized["floats"] + binarized["binary_weights"])
+    assert list(floats["packed_bytes"]) == list(floats["float32_bytes"]) == list(binarized["float32_bytes"])
+    assert list(floats["macs"]) == list(binarized["macs"]) and floats["macs"].sum() > 0
+    assert set(floats["type"]) == {name.removeprefix("Binarize") for name in binarized["type"]}
 
 
 @every_network

@@ -777,6 +777,14 @@ def test_a_network_of_another_kind_is_refused():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("build", [vgg, resnet])
+def test_a_float_network_is_refused(build):
+    network = build(binary=False)
+    with pytest.raises(TypeError, match=f"only binarized networks can be packed, got the float form of {network.name}"):
+        pack(network)
+    assert deployed(network) is network
+
+
 @pytest.mark.parametrize("name", ["last BatchNorm replaced", "ResNet's last BatchNorm replaced"])
 def test_a_network_without_its_last_batchnorm_is_refused_in_one_line(name):
     build, change = REBUILT[name]

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 TRAIN = ["train", "--model", "vgg_cifar10_binary", "--dataset", "digits", "--width", "0.02"]
 # Without Adam, which makes whole steps of gradients that are zero but for rounding: those of biases before BatchNorm.
 RECIPE = Recipe(epochs=3, batch_size=32, lr=2e-2, optimizer="sgd", damage_rate=0.1, damage_below=100.0)
+RECIPE = replace(RECIPE, label_smoothing=0.1, teacher_share=0.5, temperature=2.0)
 NAMES = ("vgg_cifar10_binary", "resnet_binary")
 LAYERS = {
     "images": (nn.BatchNorm2d(3), (8, 3, 4, 5), torch.float64),
@@ -72,7 +73,8 @@ def trained(name):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.uniform_(module.bias, -0.5, 0.5)
     kinds = [type(module) for module in model.modules()]
-    history = train(model, few, RECIPE, progress=False)
+    teacher = nn.Sequential(Double(), build(name, width=0.02, in_channels=1, input_size=8, binary=False)).double()
+    history = train(model, few, RECIPE, teacher=teacher, progress=False)
     assert [type(module) for module in model.modules()] == kinds
     return history[list(HISTORY[:-1])].to_dict("list"), model.state_dict()
 

@@ -113,6 +113,10 @@ def test_a_card_names_every_setting_that_is_not_the_default():
     assert "--batch-size" not in line and "--seed" not in line
     assert "--shortcut none" in networks.command(facts | {"config": config | {"shortcut": False}}, "x")
     assert "--shortcut" not in networks.command(facts | {"config": config | {"shortcut": True}}, "x")
+    assert "--float" not in line and "--teacher" not in line
+    taught = networks.command(facts | {"recipe": recipe | {"teacher_share": 0.5}, "teacher": "float.safetensors"}, "x")
+    assert "--teacher-share 0.5" in taught and "--teacher float.safetensors" in taught
+    assert " --float " in networks.command(facts | {"config": config | {"binary": False}}, "x")
 
 
 def test_cards_and_sums_are_up_to_date():

@@ -21,7 +21,17 @@ from bnn_utils import data as datasets
 from bnn_utils.campaign import mean_interval
 from bnn_utils.layers import BinarizeLinear, binarized_weights
 from bnn_utils.models import build
-from bnn_utils.training import Job, Recipe, evaluate, flipped_weights, margin_loss, predict, train, train_many
+from bnn_utils.training import (
+    Job,
+    Recipe,
+    distillation_loss,
+    evaluate,
+    flipped_weights,
+    margin_loss,
+    predict,
+    train,
+    train_many,
+)
 
 SMALL = Recipe(epochs=3, batch_size=32, lr=1e-2)
 WITH_ERRORS = replace(SMALL, damage_rate=0.1, damage_below=100.0)  # from the second epoch on
@@ -40,9 +50,9 @@ def few(digits):
     return replace(digits, **parts, padding=1, flip=True)
 
 
-def network(seed=0, width=0.02, name="vgg_cifar10_binary"):
+def network(seed=0, width=0.02, name="vgg_cifar10_binary", **config):
     torch.manual_seed(seed)
-    return build(name, width=width, in_channels=1, input_size=8)
+    return build(name, width=width, in_channels=1, input_size=8, **config)
 
 
 def small_net(seed=0):
@@ -90,6 +100,17 @@ def without_time(history):
         (dict(margin=-1.0), "margin"),
         (dict(margin=math.nan), "margin"),
         (dict(margin=math.inf), "margin"),
+        (dict(label_smoothing=1.0), r"label_smoothing must lie in \[0, 1\)"),
+        (dict(label_smoothing=-0.1), "label_smoothing"),
+        (dict(label_smoothing=math.nan), "label_smoothing"),
+        (dict(label_smoothing=0.1, loss="margin"), "label_smoothing goes with the loss cross-entropy.*margin"),
+        (dict(teacher_share=1.1), r"teacher_share must lie in \[0, 1\]"),
+        (dict(teacher_share=-0.1), "teacher_share"),
+        (dict(teacher_share=math.nan), "teacher_share"),
+        (dict(teacher_share=0.5, loss="margin"), "teacher_share goes with the loss cross-entropy.*margin"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(temperature=math.nan), "temperature"),
+        (dict(temperature=math.inf), "temperature"),
     ],
 )
 def test_recipe_names_what_is_wrong(wrong, named):
@@ -100,7 +121,7 @@ def test_recipe_names_what_is_wrong(wrong, named):
 
 def test_defaults_are_the_published_recipe():
     assert Recipe() == Recipe(epochs=100, batch_size=256, lr=5e-3, weight_decay=0.0, optimizer="adam")
-    assert Recipe() == Recipe(damage_rate=0.0, loss="cross-entropy")
+    assert Recipe() == Recipe(damage_rate=0.0, loss="cross-entropy", label_smoothing=0.0, teacher_share=0.0)
 
 
 def test_the_published_recipe_step_by_step(few):
@@ -357,6 +378,8 @@ def test_resuming_a_finished_run_gives_its_result(few, tmp_path):
         (dict(damage_rate=0.1), "damage_rate 0.0 there, 0.1 here"),
         (dict(damage_below=1.0), "damage_below 1.75 there, 1.0 here"),
         (dict(loss="margin"), "loss 'cross-entropy' there, 'margin' here"),
+        (dict(label_smoothing=0.1), "label_smoothing 0.0 there, 0.1 here"),
+        (dict(temperature=2.0), "temperature 1.0 there, 2.0 here"),
     ],
 )
 def test_another_run_is_not_resumed(few, tmp_path, change, named):
@@ -394,6 +417,8 @@ def test_another_network_or_data_set_is_not_resumed(few, digits, tmp_path):
         train(network(width=0.03), few, SMALL, folder=tmp_path, resume=True)
     with pytest.raises(ValueError, match="'vgg_cifar10_binary' there, 'resnet_binary' here"):
         train(network(name="resnet_binary"), few, SMALL, folder=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="binary True there, False here"):
+        train(network(binary=False), few, SMALL, folder=tmp_path, resume=True)
     with pytest.raises(ValueError, match="train_images 160 there, 1077 here"):
         train(network(), digits, SMALL, folder=tmp_path, resume=True)
 
@@ -785,6 +810,196 @@ def test_training_for_margins_learns_and_widens_them(digits):
     assert reached["margin"] < reached["cross-entropy"]
 
 
+# ---------------------------------------------------------------- label smoothing and distillation
+
+TAUGHT = replace(SMALL, label_smoothing=0.2, teacher_share=0.4, temperature=2.5)
+
+
+def shares_of(logits):
+    """The softmax, in numpy."""
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def taught_by_definition(logits, labels, teacher, recipe):
+    """The recipe's loss and its slope along each logit, in numpy."""
+    n, classes = logits.shape
+    smoothing, share, temperature = recipe.label_smoothing, recipe.teacher_share, recipe.temperature
+    target = (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
+    p, q = shares_of(teacher / temperature), shares_of(logits / temperature)
+    loss = (1 - share) * -np.sum(target * np.log(shares_of(logits)))
+    loss += share * temperature**2 * np.sum(p * (np.log(p) - np.log(q)))
+    slope = (1 - share) * (shares_of(logits) - target) + share * temperature * (q - p)
+    return loss / n, slope / n
+
+
+@given(st.integers(1, 5), st.integers(2, 6), st.floats(0.5, 4), st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_distillation_loss_and_its_gradient(images, classes, temperature, seed):
+    rng = np.random.default_rng(seed)
+    logits, teacher = rng.normal(0, 2, (2, images, classes))
+
+    def by_hand(z):
+        total = 0.0
+        for image in range(images):
+            p, q = (
+                np.exp(each / temperature) / np.sum(np.exp(each / temperature)) for each in (teacher[image], z[image])
+            )
+            total += sum(p[c] * math.log(p[c] / q[c]) for c in range(classes))
+        return temperature**2 * total / images
+
+    x = torch.tensor(logits, requires_grad=True)
+    loss = distillation_loss(x, torch.tensor(teacher), temperature)
+    loss.backward()
+    assert loss.item() == pytest.approx(by_hand(logits), abs=1e-12)
+    step = 1e-5
+    for index in np.ndindex(images, classes):
+        away = np.zeros_like(logits)
+        away[index] = step
+        slope = (by_hand(logits + away) - by_hand(logits - away)) / (2 * step)
+        assert x.grad[index].item() == pytest.approx(slope, abs=1e-6)
+    assert distillation_loss(x, x, temperature).item() == pytest.approx(0, abs=1e-12)
+
+
+def float_teacher(seed=0):
+    """A teacher that puts out something else in training mode; its layers are simple enough for numpy."""
+    torch.manual_seed(seed)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10, affine=False), nn.Dropout(0.5))
+    teacher[2].running_var.fill_(0.05)
+    return teacher.train()
+
+
+def taught_by(teacher, x):
+    value = {key: tensor.double().numpy() for key, tensor in teacher.state_dict().items()}
+    logits = x.flatten(1).double().numpy() @ value["1.weight"].T + value["1.bias"]
+    return (logits - value["2.running_mean"]) / np.sqrt(value["2.running_var"] + 1e-5)
+
+
+@pytest.mark.parametrize(
+    "recipe", [replace(SMALL, label_smoothing=0.2), TAUGHT, replace(TAUGHT, damage_rate=0.1, damage_below=100.0)]
+)
+def test_every_pass_follows_labels_and_teacher(few, recipe):
+    plain = replace(few, padding=0, flip=False)
+    label_of = dict(zip((x.numpy().tobytes() for x in plain.train[:][0]), plain.train.labels.tolist()))
+    model, teacher = small_net(), float_teacher() if recipe.teacher_share else None
+    state = copy.deepcopy((teacher or model).state_dict())
+    passes, losses, seen = [], [], []
+
+    def note(module, inputs, logits):
+        if module.training:
+            x = inputs[0]
+            passes.append(len(x))
+            labels = [label_of[image.numpy().tobytes()] for image in x]
+            teaching = np.zeros((len(x), 10)) if teacher is None else taught_by(teacher, x)
+            loss, slope = taught_by_definition(logits.detach().double().numpy(), labels, teaching, recipe)
+            losses.append(loss)
+            expected = torch.tensor(slope / counts[len(passes) - 1])  # the average of the clean and the damaged
+
+            def check(gradient):
+                torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-7)
+                seen.append(len(gradient))
+
+            logits.register_hook(check)
+
+    counts = [1] * 5 + [1 + (recipe.damage_rate > 0)] * (10 * (1 + (recipe.damage_rate > 0)))
+    model.register_forward_hook(note)
+    history = train(model, plain, recipe, teacher=teacher)
+    assert passes == seen == [32] * len(counts)
+    per_epoch = np.split(np.array(losses), [5, 5 + (len(counts) - 5) // 2])
+    assert history.train_loss.to_numpy() == pytest.approx([epoch.mean() for epoch in per_epoch], rel=1e-4)
+    if teacher is not None:
+        assert not teacher.training and all(
+            torch.equal(value, state[key]) for key, value in teacher.state_dict().items()
+        )
+        assert [parameter.grad for parameter in teacher.parameters()] == [None, None]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_teacher_sees_the_images_of_the_model_once_a_step_in_the_recipes_precision(few, precision):
+    model, teacher, pairs, kinds = small_net(), float_teacher(), [], []
+    inputs = recording(model)
+    teacher.register_forward_pre_hook(lambda module, arguments: pairs.append(arguments[0].clone()))
+    teacher[1].register_forward_hook(lambda module, arguments, output: kinds.append(output.dtype))
+    train(model, few, replace(TAUGHT, precision=precision, damage_rate=0.1, damage_below=100.0), teacher=teacher)
+    clean = [x for _, x in inputs[:5] + inputs[5::2]]
+    assert len(pairs) == len(clean) == 15 and all(map(torch.equal, pairs, clean))
+    assert set(kinds) == {getattr(torch, precision)}
+
+
+def test_smoothing_makes_a_network_less_sure(digits):
+    sure = {}
+    for smoothing in (0.0, 0.3):
+        model = network(width=1 / 24)
+        model.classifier[-1] = nn.BatchNorm1d(10)  # with a scale: without one, logits are too small to be sure
+        history = train(model, digits, Recipe(epochs=5, batch_size=64, lr=1e-2, label_smoothing=smoothing))
+        assert history.validation_accuracy.max() > 0.5
+        sure[smoothing] = shares_of(predict(model, digits.validation).double().numpy()).max(1).mean()
+    assert sure[0.3] < sure[0.0] - 0.05
+
+
+class Shifted(nn.Module):
+    """Says of each image the class after the one that `network` says."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x).roll(1, dims=1)
+
+
+def test_a_network_learns_what_its_teacher_says_not_what_the_labels_say(digits):
+    recipe = Recipe(epochs=5, batch_size=64, lr=1e-2)
+    teacher = network(width=1 / 24, binary=False)
+    assert train(teacher, digits, recipe).validation_accuracy.max() > 0.8
+    shifted = replace(digits.validation, labels=(digits.validation.labels + 1) % 10)  # by which the epoch is chosen
+    model = network(seed=1, width=1 / 24)
+    train(model, replace(digits, validation=shifted), replace(recipe, teacher_share=1.0), teacher=Shifted(teacher))
+    assert evaluate(model, digits.validation).accuracy < 0.2
+    assert evaluate(model, shifted).accuracy > 0.5
+
+
+def test_a_float_network_is_trained_without_signs_or_clamps(few):
+    model = network(binary=False)
+    with torch.no_grad():
+        model.features[3].weight[0, 0] = 3.0
+    history = train(model, few, replace(SMALL, lr=1e-4))
+    assert list(history.sign_flips) == [0.0] * 3
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
+    assert (model.features[3].weight[0, 0] > 2.9).all()
+
+
+def test_teachers_and_shares_go_together(few):
+    with pytest.raises(ValueError, match=r"teacher_share 0\.4 needs a teacher, got none"):
+        train(small_net(), few, TAUGHT)
+    with pytest.raises(ValueError, match=r"a teacher needs a teacher_share above 0, got 0\.0"):
+        train(small_net(), few, SMALL, teacher=float_teacher())
+
+
+def test_errors_need_binarized_weights(few, tmp_path):
+    with pytest.raises(ValueError, match=r"damage_rate 0\.1 flips binarized weights, and this network has none"):
+        train(network(binary=False), few, WITH_ERRORS, folder=tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_with_a_teacher_equals_no_interruption(few, tmp_path):
+    whole = network()
+    expected = train(whole, few, TAUGHT, folder=tmp_path / "whole", teacher=float_teacher())
+
+    def stop(row):
+        if row["epoch"] == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(network(), few, TAUGHT, folder=tmp_path / "parts", on_epoch=stop, teacher=float_teacher())
+    model = network(seed=9)
+    with pytest.raises(ValueError, match=r"last\.pt: is of another run: teacher '\w+' there, '\w+' here$"):
+        train(model, few, TAUGHT, folder=tmp_path / "parts", resume=True, teacher=float_teacher(seed=1))
+    history = train(model, few, TAUGHT, folder=tmp_path / "parts", resume=True, teacher=float_teacher())
+    pd.testing.assert_frame_equal(without_time(history), without_time(expected), check_exact=True)
+    assert same_state(model, whole)
+
+
 # ---------------------------------------------------------------- evaluation
 
 
@@ -910,6 +1125,21 @@ def test_train_many_calls_after_every_step(few, workers):
     models = []
     train_many([replace(job, after_step=freeze) for job in jobs()], few, workers=workers, models=models)
     assert all((weight == 0.5).all() for model in models for weight in binarized_weights(model).values())
+
+
+def test_train_many_with_teachers(few):
+    taught = [
+        replace(job, recipe=replace(TAUGHT, epochs=2), teacher=float_teacher(seed)) for seed, job in enumerate(jobs())
+    ]
+    serial, parallel = (train_many(taught, few, workers=workers) for workers in (1, 2))
+    pd.testing.assert_frame_equal(without_time(serial), without_time(parallel), check_exact=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = [train(job.model, few, job.recipe, teacher=job.teacher).train_loss for job in taught]
+    finally:
+        torch.set_num_threads(threads)
+    assert list(serial.train_loss) == list(pd.concat(alone))
 
 
 def test_train_many_leaves_the_networks_as_they_are(few):

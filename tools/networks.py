@@ -74,11 +74,15 @@ def command(facts: dict[str, Any], name: str) -> str:
     words.append(f"--width {facts['config']['width']:g}")
     if (shortcut := facts["config"].get("shortcut", True)) is not True:
         words.append(f"--shortcut {shortcut or 'none'}")
+    if not facts["config"].get("binary", True):
+        words.append("--float")
     for field in fields(Recipe):
         value = facts["recipe"].get(field.name, field.default)
         if value != field.default:
             option = "damage-train-rate" if field.name == "damage_rate" else field.name.replace("_", "-")
             words.append(f"--{option}" if value is True else f"--{option} {value}")
+    if "teacher" in facts:
+        words.append(f"--teacher {facts['teacher']}")
     if "start" in facts:
         words.append(f"--start results/{re.split('[-_]errors', name)[0]}/{facts['start']}")
     return " ".join([*words, f"--save {name}"])
