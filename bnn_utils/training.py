@@ -299,7 +299,8 @@ def _statistics_kept(model: nn.Module) -> Iterator[None]:
 
 def _logits(network: Network, x: Tensor, recipe: Recipe) -> Tensor:
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        return network(x).float()
+        logits = network(x)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # a loss of bfloat16 would be coarse
 
 
 def _forward(

@@ -28,8 +28,10 @@ ROOT = Path(__file__).parents[1]
 TRAIN = ["train", "--model", "vgg_cifar10_binary", "--dataset", "digits", "--width", "0.02"]
 # Without Adam, which makes whole steps of gradients that are zero but for rounding: those of biases before BatchNorm.
 RECIPE = Recipe(epochs=3, batch_size=32, lr=2e-2, optimizer="sgd", damage_rate=0.1, damage_below=100.0)
-RECIPE = replace(RECIPE, label_smoothing=0.1, teacher_share=0.5, temperature=2.0)
-NAMES = ("vgg_cifar10_binary", "resnet_binary")
+RECIPES = {
+    "vgg_cifar10_binary": RECIPE,
+    "resnet_binary": replace(RECIPE, label_smoothing=0.1, teacher_share=0.5, temperature=2.0),
+}
 LAYERS = {
     "images": (nn.BatchNorm2d(3), (8, 3, 4, 5), torch.float64),
     "rows": (nn.BatchNorm1d(3), (8, 3), torch.float64),
@@ -73,8 +75,10 @@ def trained(name):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.uniform_(module.bias, -0.5, 0.5)
     kinds = [type(module) for module in model.modules()]
-    teacher = nn.Sequential(Double(), build(name, width=0.02, in_channels=1, input_size=8, binary=False)).double()
-    history = train(model, few, RECIPE, teacher=teacher, progress=False)
+    teacher = None
+    if RECIPES[name].teacher_share:
+        teacher = nn.Sequential(Double(), build(name, width=0.02, in_channels=1, input_size=8, binary=False)).double()
+    history = train(model, few, RECIPES[name], teacher=teacher, progress=False)
     assert [type(module) for module in model.modules()] == kinds
     return history[list(HISTORY[:-1])].to_dict("list"), model.state_dict()
 
@@ -97,7 +101,7 @@ def normalized(name):
 
 def main(out):
     with parallel.group(torch.device("cpu")):
-        found = {name: trained(name) for name in NAMES} | {name: normalized(name) for name in LAYERS}
+        found = {name: trained(name) for name in RECIPES} | {name: normalized(name) for name in LAYERS}
     torch.save(found, Path(out) / f"{os.environ['RANK']}.pt")
 
 
@@ -111,7 +115,7 @@ def two(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_two_processes_train_as_one(two, name):
     history, state = trained(name)
     for found_history, found_state in (found[name] for found in two):
