@@ -164,6 +164,10 @@ def _used(held: Stored) -> NDArray[np.uint8]:
     return np.packbits(_bits(held.tensor)[_bits(held.mask) == 1], bitorder="little")
 
 
+def _used_bits(held: Stored) -> int:
+    return 8 * held.tensor.nbytes if held.mask is None else int(_bits(held.mask).sum(dtype=np.int64))
+
+
 def _with_used(held: Stored, used: NDArray[np.uint8]) -> Tensor:
     """Return a tensor like the one held, in which the bits that hold something are those of `used`."""
     if held.mask is not None:
@@ -272,6 +276,23 @@ def both(first: Plan, second: Plan) -> Plan:
     return Plan(first.stored | second.stored, read)
 
 
+def few_bits(model: nn.Module, share: float = 0.01) -> list[str]:
+    """Return the names of all stored tensors but weights, and of those weights that fill less than `share` of memory.
+
+    The smallest layers (of the image, of shortcuts, of the classes) have the fewest weights to average errors away,
+    and guarding them costs next to nothing.
+
+    Raises:
+        ValueError: share is not in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], got {share}")
+    parameters = {name: held for name, held in stored_tensors(model).items() if held.kind in PARAMETERS}
+    bits = {name: _used_bits(held) for name, held in parameters.items()}
+    least = share * sum(bits.values())
+    return [name for name, held in parameters.items() if held.kind != "weights" or bits[name] < least]
+
+
 REPAIRS: dict[str, Callable[[nn.Module], Plan]] = {
     "none": none,
     "clip": lambda model: Plan({}, partial(clip, model)),
@@ -281,6 +302,7 @@ REPAIRS: dict[str, Callable[[nn.Module], Plan]] = {
     "vote-floats": partial(vote, targets=FLOATS),
     "vote-range": lambda model: both(vote(model, FLOATS), range_check(model)),
     "vote5-range": lambda model: both(vote(model, FLOATS, reads=5), range_check(model)),
+    "vote5-few-range": lambda model: both(vote(model, few_bits(model), reads=5), range_check(model)),
     "vote": vote,
 }
 
@@ -293,6 +315,5 @@ def stored_bits(model: nn.Module, repair: str = "none") -> int:
     """
     if repair not in REPAIRS:
         raise ValueError(f"unknown repair {repair!r}, expected one of {', '.join(REPAIRS)}")
-    parameters = [held for held in stored_tensors(model).values() if held.kind in PARAMETERS]
-    own = sum(8 * x.nbytes if mask is None else int(_bits(mask).sum(dtype=np.int64)) for _, x, mask in parameters)
+    own = sum(_used_bits(held) for held in stored_tensors(model).values() if held.kind in PARAMETERS)
     return own + sum(8 * x.nbytes for x in REPAIRS[repair](model).stored.values())

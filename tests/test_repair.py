@@ -13,11 +13,24 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import binom
 from torch import nn
 
-from bnn_utils.faults import PARAMETERS, float32_storage, inject, inject_tensors, stored_tensors
+from bnn_utils.faults import PARAMETERS, float32_storage, inject, inject_tensors, stored_tensors, targeted
 from bnn_utils.layers import BinarizeConv2d, BinarizeLinear
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import PackedLayer, pack
-from bnn_utils.repair import REPAIRS, both, clip, correct, encode, majority, range_check, secded, stored_bits, vote
+from bnn_utils.repair import (
+    FLOATS,
+    REPAIRS,
+    both,
+    clip,
+    correct,
+    encode,
+    few_bits,
+    majority,
+    range_check,
+    secded,
+    stored_bits,
+    vote,
+)
 
 FALSE_ALARM = 1e-6  # of a whole statistical test
 SPECIAL = (0x00000000, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFC12345, 0x00000001, 0x807FFFFF)
@@ -560,6 +573,24 @@ def test_range_check_of_tensors_without_dimensions_or_elements():
 # What is stored
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_bits(packed):
+    network = resnet_binary(width=0.25)
+    network = pack(network) if packed else network
+    names = few_bits(network)
+    weights = [name for name in names if stored_tensors(network)[name].kind == "weights"]
+    small = ["conv1.weight", "layer2.0.downsample.0.weight", "fc.weight"]  # of 540, 800 and 800 weights in 271,380
+    assert weights == small
+    others = [name for name, held in stored_tensors(network).items() if held.kind in FLOATS]
+    assert [name for name in names if name not in weights] == others
+    assert [name for name in few_bits(network, 0.0)] == others
+    assert few_bits(network, 1.0) == list(targeted(network))
+    extra = stored_bits(network, "vote5-few-range") - stored_bits(network, "vote5-range")
+    assert extra == 4 * (8 * (68 + 100 + 100) if packed else 32 * (540 + 800 + 800))  # packed, in whole bytes
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 2"):
+        few_bits(network, 2)
+
+
 @pytest.mark.parametrize(
     ("repair", "beside"),
     [
@@ -572,6 +603,7 @@ def test_range_check_of_tensors_without_dimensions_or_elements():
         ("vote-floats", 2 * 32 * 15),
         ("vote-range", 2 * 32 * 15),
         ("vote5-range", 4 * 32 * 15),
+        ("vote5-few-range", 4 * 32 * 15),  # no weights are few here
     ],
 )
 def test_stored_bits_of_floats(repair, beside):
@@ -592,6 +624,7 @@ def test_stored_bits_of_floats(repair, beside):
         ("vote-floats", 2 * (32 + 8)),
         ("vote-range", 2 * (32 + 8)),
         ("vote5-range", 4 * (32 + 8)),
+        ("vote5-few-range", 4 * (32 + 8)),
     ],
 )
 def test_stored_bits_of_a_packed_layer(repair, beside):
