@@ -649,7 +649,8 @@ def packed_filter(table: pd.DataFrame) -> Figure:
     shown = np.array([0, *range(7, bits, 8)])
     words.set_xticks(bits - 1 - shown, shown)
     words.set_yticks(range(taps), range(taps))
-    words.set(title="light: +1, bit 1; dark: -1, bit 0; grey: unused", xlabel="bit of the word = input channel")
+    unused = "; grey: unused" if np.isnan(signs).any() else ""
+    words.set(title=f"light: +1, bit 1; dark: -1, bit 0{unused}", xlabel="bit of the word = input channel")
     words.set_ylabel("tap")
     for axis in (square, words):
         axis.grid(False)
@@ -675,7 +676,9 @@ def thresholds(table: pd.DataFrame) -> Figure:
         axis.axvspan(*ones, color="C4", alpha=0.25, lw=0, label="bit is 1")
         height = own["value"].abs().max()
         seen = height * own["share"] / own["share"].max()
-        axis.bar(own["integer"], seen, bottom=-height, width=1.6, color="0.75", label="how often seen")
+        many = len(own) > 100  # gaps between so many bars would show as stripes
+        style = dict(width=2 if many else 1.6, antialiased=not many, color="0.75", label="how often seen")
+        axis.bar(own["integer"], seen, bottom=-height, **style)
         axis.plot(own["integer"], own["value"], color="C0", label="after BatchNorm")
         axis.axhline(0, color="k", lw=0.8)
         axis.axvline(threshold - 0.5, color="C1", ls="--", label="threshold")
@@ -756,7 +759,7 @@ def error_models(table: pd.DataFrame) -> Figure:
         table: what `campaign.run` returns, with columns error (the model) and equal (what is held equal, the panel).
     """
     panels, errors = list(table["equal"].unique()), list(table["error"].unique())
-    figure, axes = plt.subplots(1, len(panels), figsize=(7.4, 0.36 * len(errors) + 1.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.4, 0.36 * len(errors) + 1.5), sharey=True, squeeze=False)
     for axis, panel in zip(axes[0], panels):
         networks = table.loc[table["equal"] == panel, "network"].unique()
         for index, network in enumerate(networks):
@@ -775,7 +778,7 @@ def error_models(table: pd.DataFrame) -> Figure:
         axis.set(title=panel, xlabel="accuracy (%)", xlim=(0, 100))
     axes[0, 0].set_yticks(range(len(errors)), errors)
     axes[0, 0].invert_yaxis()
-    axes[0, 0].legend(loc="lower left", fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
     return figure
 
 

@@ -485,6 +485,14 @@ def test_packed_filter():
     assert texts(words) == [f"word {tap}" for tap in range(9)]
     for place, tick in zip(words.get_xticks(), words.get_xticklabels(), strict=True):
         assert place == 63 - int(tick.get_text())  # the lowest bit is the rightmost
+    assert "unused" in words.get_title()
+
+
+def test_packed_filter_of_full_words():
+    rows = [dict(tap=tap, bit=bit, sign=(-1) ** bit, word="") for tap, bit in product(range(9), range(64))]
+    _, words = finished(plotting.packed_filter(pd.DataFrame(rows)))
+    assert not np.ma.getmaskarray(words.images[0].get_array()).any()
+    assert "unused" not in words.get_title()
 
 
 def test_thresholds():
@@ -505,6 +513,14 @@ def test_thresholds():
         tinted = (own["integer"] > low) & (own["integer"] < high)
         assert tinted.tolist() == (own["value"] >= 0).tolist()
         close([bar.get_height() / bars[3].get_height() for bar in bars], own["share"] / 0.4)
+
+
+def test_thresholds_of_many_integers():
+    integers = np.arange(-150, 151, 2)
+    table = pd.DataFrame(dict(integer=integers, value=integers / 9, share=1 / len(integers)))
+    (axis, *_) = finished(plotting.thresholds(table.assign(panel="wide", threshold=3, inverted=False)))
+    _, *bars = axis.patches
+    close([bar.get_x() + bar.get_width() for bar in bars[:-1]], [bar.get_x() for bar in bars[1:]])  # no gaps
 
 
 def test_memory():
