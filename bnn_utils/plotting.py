@@ -502,6 +502,18 @@ def gradient_sizes(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def _rows_of_trials(axis: Axes, table: pd.DataFrame, names: Sequence[str], by: str, value: str) -> None:
+    """Draw a row for each name: its trials as small dots, their mean with its 95% interval, in percent."""
+    means = intervals(table, [by], value).set_index(by)
+    for index, name in enumerate(names):
+        if name not in means.index:
+            continue
+        mean, half = 100 * means.loc[name, [value, f"{value}_half"]].astype(float)
+        trials = 100 * table.loc[table[by] == name, value]
+        axis.errorbar(mean, index, xerr=half, fmt="o", color=f"C{index}", capsize=4, ms=7)
+        axis.plot(trials, [index + 0.22] * len(trials), ".", color=f"C{index}", alpha=0.6)
+
+
 def variants(history: pd.DataFrame, by: str = "variant") -> Figure:
     """Draw variants of a network side by side: accuracy after the last epoch, and the way there.
 
@@ -512,14 +524,10 @@ def variants(history: pd.DataFrame, by: str = "variant") -> Figure:
         by: the column that tells variants apart.
     """
     last = history[history["epoch"] == history["epoch"].max()]
-    final = intervals(last, [by], "validation_accuracy")
-    names = list(final[by])
+    names = list(last[by].unique())
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.4), width_ratios=(1.15, 1))
+    _rows_of_trials(axes[0], last, names, by, "validation_accuracy")
     for index, name in enumerate(names):
-        mean, half = 100 * final.loc[index, ["validation_accuracy", "validation_accuracy_half"]].astype(float)
-        trials = 100 * last.loc[last[by] == name, "validation_accuracy"]
-        axes[0].errorbar(mean, index, xerr=half, fmt="o", color=f"C{index}", capsize=4, ms=7)
-        axes[0].plot(trials, [index + 0.22] * len(trials), ".", color=f"C{index}", alpha=0.6)
         way = intervals(history[history[by] == name], ["epoch"], "validation_accuracy")
         middle, band = 100 * way["validation_accuracy"], 100 * way["validation_accuracy_half"]
         axes[1].plot(way["epoch"], middle, color=f"C{index}")
@@ -529,6 +537,26 @@ def variants(history: pd.DataFrame, by: str = "variant") -> Figure:
     axes[0].set(xlabel="validation accuracy, last epoch (%)", xlim=(0, 102))
     axes[1].set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 102))
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def gains(table: pd.DataFrame) -> Figure:
+    """Draw variants side by side: the accuracy of each, and what it gains on its reference.
+
+    Dots are trials, bars 95% intervals of the mean.
+
+    Args:
+        table: a row a trial, columns variant, validation_accuracy and gain (0..1; NaN where there is no reference).
+    """
+    names = list(table["variant"].unique())
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 0.4 * len(names) + 1.2), sharey=True)
+    _rows_of_trials(axes[0], table, names, "variant", "validation_accuracy")
+    _rows_of_trials(axes[1], table.dropna(subset="gain"), names, "variant", "gain")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="validation accuracy, last epoch (%)", xlim=(0, 102))
+    axes[1].axvline(0, color="0.3", lw=0.8)
+    axes[1].set(xlabel="gain, same seed (points)")
     return figure
 
 

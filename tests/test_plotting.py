@@ -408,6 +408,28 @@ def test_variants():
             close(band(way.collections[index])[epoch], 100 * (values.mean() + half(values) * np.array([-1, 1])))
 
 
+def test_gains():
+    rng = np.random.default_rng(3)
+    table = pd.DataFrame(product(["published", "smoothed"], range(4)), columns=["variant", "seed"])
+    table["validation_accuracy"] = rng.uniform(0.5, 1, 8)
+    table["gain"] = [np.nan] * 4 + list(rng.uniform(-0.1, 0.1, 4))
+    accuracy, gain = finished(plotting.gains(table))
+    assert [text.get_text() for text in accuracy.get_yticklabels()] == ["published", "smoothed"]
+    for axis, value, drawn in (
+        (accuracy, "validation_accuracy", ["published", "smoothed"]),
+        (gain, "gain", ["smoothed"]),
+    ):
+        assert len(axis.containers) == len(drawn)
+        dots = [line for line in axis.lines if line.get_marker() == "."]
+        for name, container, points in zip(drawn, axis.containers, dots, strict=True):
+            values = 100 * table.loc[table["variant"] == name, value]
+            middle, _, (segments, *_) = container.lines
+            close(middle.get_xdata(), [values.mean()])
+            close(middle.get_ydata(), [["published", "smoothed"].index(name)])
+            close(segments.get_segments()[0][:, 0], [values.mean() - half(values), values.mean() + half(values)])
+            close(points.get_xdata(), values)
+
+
 def grid():
     rng = np.random.default_rng(5)
     rows = product(["adam", "sgd"], [0.0, 1e-4, 1e-5], [1e-2, 1e-3])
