@@ -704,7 +704,7 @@ def thresholds(table: pd.DataFrame) -> Figure:
         axis.axvspan(*ones, color="C4", alpha=0.25, lw=0, label="bit is 1")
         height = own["value"].abs().max()
         seen = height * own["share"] / own["share"].max()
-        many = len(own) > 100  # gaps between so many bars would show as stripes
+        many = len(own) > 150  # gaps between so many bars would show as stripes
         style = dict(width=2 if many else 1.6, antialiased=not many, color="0.75", label="how often seen")
         axis.bar(own["integer"], seen, bottom=-height, **style)
         axis.plot(own["integer"], own["value"], color="C0", label="after BatchNorm")

@@ -228,7 +228,7 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Te
     Args:
         logits: (n, classes), floating point, of the network that is trained.
         teacher: (n, classes), of its teacher for the same images.
-        temperature: T; above 1 it softens both distributions, below 1 it sharpens them.
+        temperature: T; above 1 it softens both distributions.
 
     Source: G. Hinton, O. Vinyals and J. Dean, Distilling the Knowledge in a Neural Network, 2015 (arXiv:1503.02531),
     section 2.

@@ -538,7 +538,7 @@ def test_thresholds():
 
 
 def test_thresholds_of_many_integers():
-    integers = np.arange(-150, 151, 2)
+    integers = np.arange(-200, 201, 2)
     table = pd.DataFrame(dict(integer=integers, value=integers / 9, share=1 / len(integers)))
     (axis, *_) = finished(plotting.thresholds(table.assign(panel="wide", threshold=3, inverted=False)))
     _, *bars = axis.patches
