@@ -25,7 +25,17 @@ from bnn_utils.models import MODELS, build
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
 from bnn_utils.system import keep_freed_memory
-from bnn_utils.training import LOSSES, OPTIMIZERS, PRECISIONS, STATE_FILE, Evaluation, Recipe, evaluate, train
+from bnn_utils.training import (
+    LOSSES,
+    OPTIMIZERS,
+    PRECISIONS,
+    STATE_FILE,
+    STATISTICS,
+    Evaluation,
+    Recipe,
+    evaluate,
+    train,
+)
 
 BEST_FILE = "best.safetensors"
 CONNECT_SECONDS = 5
@@ -103,6 +113,19 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.damage_rate,
         metavar="P",
         help="train for errors: flip each binarized weight with this probability, anew every step",
+    )
+    sub.add_argument(
+        "--damage-spare",
+        type=float,
+        default=defaults.damage_spare,
+        metavar="S",
+        help="spare layers with less than this share of all weights, which a repair guards",
+    )
+    sub.add_argument(
+        "--damage-statistics",
+        choices=STATISTICS,
+        default=defaults.damage_statistics,
+        help="by which BatchNorm normalizes the damaged network in training",
     )
     sub.add_argument(
         "--damage-below",

@@ -29,6 +29,7 @@ FINAL_LR = 1e-5  # where the cosine schedule ends
 OPTIMIZERS = ("adam", "sgd")
 PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("cross-entropy", "margin")
+STATISTICS = ("batch", "running")
 Network = Callable[[Tensor], Tensor]  # what computes a model: the model itself, or a faster form of it
 STATE_FILE, HISTORY_FILE = "last.pt", "history.csv"
 HISTORY = (
@@ -66,6 +67,12 @@ class Recipe:
             Otherwise a step averages the gradient of the clean loss and that of the loss at weights of which each is
             flipped with this probability, drawn anew every step. The latent weights take the average; errors never
             change them.
+        damage_spare: the weights of a layer that has less than this share, in [0, 1], of all binarized weights are
+            not flipped: those that a repair can guard for little, see `bnn_utils.repair.few_bits`.
+        damage_statistics: by which BatchNorm normalizes the damaged network in training. "batch", its own batch's,
+            take out of each channel what its wrong weights add to all images alike, which a deployed network has to
+            stand; "running", those of the clean network, are what is deployed, and suit a network that is trained
+            already (from random weights, training with them can fail).
         damage_below: errors start after the first epoch whose mean clean cross-entropy in training was below this
             many nats, and then stay. The default is the source's for 10 classes; more classes need a higher one.
         loss: what is trained, "cross-entropy" or "margin", see `margin_loss`.
@@ -96,6 +103,8 @@ class Recipe:
     precision: str = "float32"
     seed: int = 0
     damage_rate: float = 0.0
+    damage_spare: float = 0.0
+    damage_statistics: str = "batch"
     damage_below: float = 1.75
     loss: str = "cross-entropy"
     margin: float = 3.0
@@ -121,6 +130,12 @@ class Recipe:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if not 0 <= self.damage_rate < 1:
             raise ValueError(f"damage_rate must lie in [0, 1), got {self.damage_rate}")
+        if not 0 <= self.damage_spare <= 1:
+            raise ValueError(f"damage_spare must lie in [0, 1], got {self.damage_spare}")
+        if self.damage_statistics not in STATISTICS:
+            raise ValueError(
+                f"unknown damage_statistics {self.damage_statistics!r}, expected one of {', '.join(STATISTICS)}"
+            )
         if not 0 < self.damage_below < float("inf"):
             raise ValueError(f"damage_below must be a positive number, got {self.damage_below}")
         if self.loss not in LOSSES:
@@ -238,7 +253,9 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Te
 
 
 @contextmanager
-def flipped_weights(model: nn.Module, probability: float, generator: np.random.Generator) -> Iterator[int]:
+def flipped_weights(
+    model: nn.Module, probability: float, generator: np.random.Generator, spare: float = 0.0
+) -> Iterator[int]:
     """Flip the sign of each binarized weight of `model` with `probability`, until the context ends.
 
     A flipped latent weight w becomes -w, and 0, which reads +1, a tiny negative number: the layer's weight
@@ -250,6 +267,7 @@ def flipped_weights(model: nn.Module, probability: float, generator: np.random.G
         model: any network with binarized layers, on any device.
         probability: of each weight to be flipped, in [0, 1].
         generator: where the randomness comes from.
+        spare: see `Recipe.damage_spare`.
 
     Yields:
         The number of flipped weights.
@@ -258,9 +276,13 @@ def flipped_weights(model: nn.Module, probability: float, generator: np.random.G
         ValueError: `probability` is not in [0, 1].
     """
     latent: list[tuple[Tensor, tuple[Tensor, ...], Tensor]] = []
+    weights = binarized_weights(model).values()
+    least = spare * sum(weight.numel() for weight in weights)
     try:
         with torch.no_grad():
-            for weight in binarized_weights(model).values():
+            for weight in weights:
+                if weight.numel() < least:
+                    continue
                 drawn = sample_positions(weight.numel(), probability, generator)
                 positions = np.concatenate([np.empty(0, np.int64), *drawn])
                 index = torch.unravel_index(torch.from_numpy(positions).to(weight.device), weight.shape)
@@ -285,16 +307,18 @@ def _compiled(model: nn.Module) -> Network:
 
 
 @contextmanager
-def _statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Have BatchNorm, in training mode, normalize by the batch without updating its running statistics."""
-    tracking = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+def _statistics_kept(model: nn.Module, statistics: str) -> Iterator[None]:
+    """Have BatchNorm in training mode leave its running statistics, and normalize by them or those of the batch."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [norm for norm in norms if norm.training]
     try:
-        for module in tracking:
-            module.track_running_stats = False
+        for norm in norms:
+            norm.track_running_stats = False
+            norm.training = statistics == "batch"
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        for norm in norms:
+            norm.track_running_stats = norm.training = True
 
 
 def _logits(network: Network, x: Tensor, recipe: Recipe) -> Tensor:
@@ -338,7 +362,8 @@ def _backward(
     (loss / 2).backward()
     # Running statistics are those of the clean network: they are error-free in memory, and computed once, before
     # anything fails; a mixture with the statistics of many differently damaged networks would fit none of them.
-    with flipped_weights(model, recipe.damage_rate, errors), _statistics_kept(model):
+    flipped = flipped_weights(model, recipe.damage_rate, errors, recipe.damage_spare)
+    with flipped, _statistics_kept(model, recipe.damage_statistics):
         _, damaged = _forward(network, x, labels, recipe, taught)
         (damaged / 2).backward()
     return logits.detach(), (loss + damaged).detach() / 2

@@ -156,8 +156,10 @@ def test_train_keeps_what_it_says(tmp_path, capsys):
 
 
 def test_train_for_errors_and_margins(tmp_path, capsys):
-    chosen = dict(damage_rate=0.1, damage_below=50.0, loss="margin", margin=1.5)
+    chosen = dict(damage_rate=0.1, damage_below=50.0, damage_spare=0.02, damage_statistics="running")
+    chosen |= dict(loss="margin", margin=1.5)
     options = ["--damage-train-rate", 0.1, "--damage-below", 50, "--loss", "margin", "--margin", 1.5]
+    options += ["--damage-spare", 0.02, "--damage-statistics", "running"]
     assert run([*TRAIN, "--epochs", 3, "--results-dir", tmp_path, "--save", "run", *options]) == 0
     recipe = Recipe(epochs=3, batch_size=128, seed=3, **chosen)
     torch.manual_seed(3)
@@ -582,6 +584,7 @@ BAD = [
     bad(f"{DIGITS} --damage-train-rate -0.1", "damage_rate"),
     bad(f"{DIGITS} --damage-train-rate nan", "damage_rate"),
     bad(f"{DIGITS} --damage-train-rate often", "--damage-train-rate"),
+    bad(f"{DIGITS} --damage-spare 2", "damage_spare"),
     bad(f"{DIGITS} --damage-below 0", "damage_below"),
     bad(f"{DIGITS} --damage-below inf", "damage_below"),
     bad(f"{DIGITS} --loss hinge", "hinge"),

@@ -92,6 +92,9 @@ def without_time(history):
         (dict(damage_rate=1.0), r"damage_rate must lie in \[0, 1\)"),
         (dict(damage_rate=-0.1), "damage_rate"),
         (dict(damage_rate=math.nan), "damage_rate"),
+        (dict(damage_spare=-0.1), "damage_spare"),
+        (dict(damage_spare=math.nan), "damage_spare"),
+        (dict(damage_statistics="clean"), "damage_statistics"),
         (dict(damage_below=0.0), "damage_below"),
         (dict(damage_below=math.inf), "damage_below"),
         (dict(damage_below=math.nan), "damage_below"),
@@ -512,6 +515,17 @@ def test_flipped_weights_change_their_sign_alone_and_come_back(name, probability
             assert torch.equal(bits(weight), bits(before[key][0])) and weight.stride() == before[key][1]
 
 
+@pytest.mark.parametrize("spare, flipped", [(0.0, 2), (0.13, 2), (0.14, 1), (0.87, 0), (1.0, 0)])
+def test_flipped_weights_spare_small_layers(spare, flipped):
+    model = small_net()  # of 64 x 16 and 16 x 10 weights: 86.5% and 13.5% of all
+    before = [weight.detach().clone() for weight in binarized_weights(model).values()]
+    with flipped_weights(model, 1.0, np.random.default_rng(0), spare) as count:
+        now = list(binarized_weights(model).values())
+        changed = [((new >= 0) != (old >= 0)).float().mean().item() for new, old in zip(now, before)]
+    assert changed == [1.0] * flipped + [0.0] * (2 - flipped)
+    assert count == sum(weight.numel() for weight in before[:flipped])
+
+
 def test_flipped_weights_names_what_is_wrong():
     model = small_net()
     before = bits(model[1].weight)
@@ -554,17 +568,19 @@ def by_definition(loss, logits, labels):
     return torch.maximum(torch.zeros(()), 1.5 - y * logits).mean()
 
 
+@pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("loss", ["cross-entropy", "margin"])
-def test_a_step_averages_the_clean_and_the_damaged_gradient(few, loss):
+def test_a_step_averages_the_clean_and_the_damaged_gradient(few, loss, statistics):
     plain = replace(few, padding=0, flip=False)
     label_of = dict(zip((x.numpy().tobytes() for x in plain.train[:][0]), plain.train.labels.tolist()))
     model = small_net()
     passes, counts, losses = recording(model), [], []
 
-    def differentiated(parameters, x):
+    def differentiated(parameters, x, running=None):
         labels = torch.tensor([label_of[image.numpy().tobytes()] for image in x])
         twin = small_net().train()
-        twin.load_state_dict(parameters, strict=False)
+        twin.load_state_dict(parameters | (running or {}), strict=False)
+        twin[2].train(running is None)
         value = by_definition(loss, twin(x), labels)
         value.backward()
         return value.item(), {name: parameter.grad for name, parameter in twin.named_parameters()}
@@ -580,7 +596,8 @@ def test_a_step_averages_the_clean_and_the_damaged_gradient(few, loss):
                 changed = (damaged[name] >= 0) != (clean[name] >= 0)
                 by_hand[name] = torch.where(changed, -clean[name], clean[name])
             assert all(torch.equal(by_hand[name], damaged[name]) for name in clean)
-            done.append(differentiated(by_hand, x))
+            running = dict(module.named_buffers()) if statistics == "running" else None
+            done.append(differentiated(by_hand, x, running))
         for name, parameter in module.named_parameters():
             expected = sum(gradient[name] for _, gradient in done) / len(done)
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-7)
@@ -589,7 +606,7 @@ def test_a_step_averages_the_clean_and_the_damaged_gradient(few, loss):
         passes.clear()
 
     rows = []
-    recipe = replace(WITH_ERRORS, loss=loss, margin=1.5)
+    recipe = replace(WITH_ERRORS, loss=loss, margin=1.5, damage_statistics=statistics)
     history = train(
         model, plain, recipe, after_step=check, on_epoch=lambda row: rows.append(evaluate(model, plain.validation))
     )
@@ -655,7 +672,8 @@ def test_the_threshold_is_in_nats_whatever_is_trained(few):
     assert len(passes) == 5 + 10
 
 
-def test_running_statistics_are_of_the_clean_network(few):
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_running_statistics_are_of_the_clean_network(few, statistics):
     model, twin = small_net(), small_net().train()
     passes, steps = recording(model), []
 
@@ -665,15 +683,16 @@ def test_running_statistics_are_of_the_clean_network(few):
         twin(x)
         ours, theirs = dict(module.named_buffers()), dict(twin.named_buffers())
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert module[2].track_running_stats
+        assert module[2].track_running_stats and module[2].training
         steps.append(len(passes))
         passes.clear()
 
-    train(model, few, WITH_ERRORS, after_step=check)
+    train(model, few, replace(WITH_ERRORS, damage_statistics=statistics), after_step=check)
     assert steps == [1] * 5 + [2] * 10
 
 
-def test_an_interrupted_step_gives_everything_back(few):
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_an_interrupted_step_gives_everything_back(few, statistics):
     class Interrupted(nn.BatchNorm1d):
         latent = None
 
@@ -687,9 +706,9 @@ def test_an_interrupted_step_gives_everything_back(few):
     model = small_net()
     model[2] = Interrupted(16)
     with pytest.raises(KeyboardInterrupt):
-        train(model, few, WITH_ERRORS)
+        train(model, few, replace(WITH_ERRORS, damage_statistics=statistics))
     assert all(torch.equal(bits(w), old) for w, old in zip(binarized_weights(model).values(), model[2].latent))
-    assert model[2].track_running_stats and int(model[2].num_batches_tracked) == 5 + 1
+    assert model[2].track_running_stats and model[2].training and int(model[2].num_batches_tracked) == 5 + 1
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "margin"])

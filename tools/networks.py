@@ -82,10 +82,11 @@ def command(facts: dict[str, Any], name: str) -> str:
         if value != field.default:
             option = "damage-train-rate" if field.name == "damage_rate" else field.name.replace("_", "-")
             words.append(f"--{option}" if value is True else f"--{option} {value}")
-    if "teacher" in facts:
-        words.append(f"--teacher {facts['teacher']}")
-    if "start" in facts:
-        words.append(f"--start results/{re.split('[-_]errors', name)[0]}/{facts['start']}")
+    start = f"results/{re.split('[-_]errors', name)[0]}/{facts['start']}" if "start" in facts else ""
+    if "teacher" in facts:  # a network can be the teacher of what starts from it
+        words.append(f"--teacher {start if facts['teacher'] == facts.get('start') else facts['teacher']}")
+    if start:
+        words.append(f"--start {start}")
     return " ".join([*words, f"--save {name}"])
 
 
