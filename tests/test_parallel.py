@@ -30,7 +30,9 @@ TRAIN = ["train", "--model", "vgg_cifar10_binary", "--dataset", "digits", "--wid
 RECIPE = Recipe(epochs=3, batch_size=32, lr=2e-2, optimizer="sgd", damage_rate=0.1, damage_below=100.0)
 RECIPES = {
     "vgg_cifar10_binary": RECIPE,
-    "resnet_binary": replace(RECIPE, label_smoothing=0.1, teacher_share=0.5, temperature=2.0),
+    "resnet_binary": replace(
+        RECIPE, damage_spare=0.01, damage_statistics="running", label_smoothing=0.1, teacher_share=0.5, temperature=2.0
+    ),
 }
 LAYERS = {
     "images": (nn.BatchNorm2d(3), (8, 3, 4, 5), torch.float64),
