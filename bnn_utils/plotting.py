@@ -925,23 +925,42 @@ def wrong_signs(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def clipping(scales: pd.DataFrame, costs: pd.DataFrame) -> Figure:
-    """Draw the trained BatchNorm scales beside the clamp, and what the clamp costs an undamaged network, by its bound.
+def clipping(numbers: pd.DataFrame, parts: pd.DataFrame, costs: pd.DataFrame) -> Figure:
+    """Draw trained BatchNorm numbers beside the clamp, and what it costs an undamaged network by part and by bound.
 
     Args:
-        scales: columns network and value, a row a number.
+        numbers: columns network, kind and value, a row a number; a line style a kind.
+        parts: columns network, what (a group of bars each, in order) and lost (accuracy, 0..1).
         costs: columns network, bound and lost (accuracy, 0..1).
     """
-    figure, (values, cost) = plt.subplots(1, 2, figsize=(7.6, 3.3))
-    for index, (network, own) in enumerate(scales.groupby("network", sort=False)):
-        style: Any = dict(color=color(str(network), index), label=label(str(network)))
-        values.hist(own["value"], bins=40, density=True, histtype="step", lw=1.8, **style)
-        line = costs[costs["network"] == network]
-        cost.plot(line["bound"], 100 * line["lost"], "o-", **style)
-    values.axvspan(-1, 1, color="0.85", zorder=0)
+    figure, (values, part, cost) = plt.subplots(1, 3, figsize=(11.0, 3.4), width_ratios=(1, 0.8, 1))
+    networks, groups = list(numbers["network"].unique()), list(parts["what"].unique())
+    edges = np.linspace(numbers["value"].min(), numbers["value"].max(), 41)
+    for index, network in enumerate(networks):
+        style: Any = dict(color=color(network, index), label=label(network))
+        own = numbers[numbers["network"] == network]
+        for line, (kind, held) in zip(("-", "--", ":"), own.groupby("kind", sort=False)):
+            looks: Any = style | dict(label=f"{label(network)}, {kind}", ls=line)
+            values.hist(held["value"], bins=edges, density=True, histtype="step", lw=1.5, **looks)
+        own = parts[parts["network"] == network].set_index("what").reindex(groups)
+        places = np.arange(len(groups)) + 0.36 * (index - (len(networks) - 1) / 2)
+        part.barh(places, 100 * own["lost"], height=0.34, **style)
+        for place, lost in zip(places, 100 * own["lost"]):
+            part.text(max(lost, 0), place, f" {round(lost, 1) + 0:.1f}", va="center", fontsize=8)
+        own = costs[costs["network"] == network]
+        cost.plot(own["bound"], 100 * own["lost"], "o-", **style)
+    values.axvspan(-1, 1, color="0.9", zorder=0)
     cost.axvline(1, color="0.5", ls=":")
-    values.set(xlabel="trained BatchNorm scale (grey: what the clamp leaves)", ylabel="density")
-    cost.set(xlabel="bound of the clamp, ±", ylabel="accuracy lost, nothing damaged (points)")
+    part.axvline(0, color="0.3", lw=0.8)
+    part.set_yticks(range(len(groups)), groups)
+    part.invert_yaxis()
+    part.grid(axis="y", visible=False)
+    part.margins(x=0.18)
+    values.set(xlabel="trained number (grey: what the clamp leaves)", ylabel="density")
+    part.set(xlabel="accuracy lost (points)", title="clamped to ±1, nothing damaged")
+    cost.set(xlabel="bound of the clamp of all, ±", ylabel="accuracy lost (points)")
+    values.set_ylim(0, 1.4 * values.get_ylim()[1])  # room for the legend
+    values.legend(loc="upper center", ncols=2, fontsize=7)
     cost.legend()
     return figure
 

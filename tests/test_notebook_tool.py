@@ -98,8 +98,12 @@ def test_run_and_publish(course):
     stale.write_text("")
     other = stale.with_name("02-other.png")
     other.write_text("")
+    wider = course / "figures/published/full/01-line.png"  # of another profile, in which it is published no longer
+    wider.parent.mkdir()
+    wider.write_text("")
     done = command(course, "publish", "01")
     assert done.returncode == 0, done.stderr
+    assert not wider.exists()
     published = {path.name for path in stale.parent.iterdir()}
     assert published == {"01-line.png", "01-line.svg", "01-line.csv", "02-other.png"}
     notebook = json.loads((course / "notebooks/01_line.ipynb").read_text())

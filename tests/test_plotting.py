@@ -683,20 +683,29 @@ def test_wrong_signs():
 
 def test_clipping():
     rng = np.random.default_rng(22)
-    scales = pd.DataFrame(dict(network=np.repeat(NETWORKS, 50), value=rng.normal(1, 0.3, 100)))
+    numbers = pd.DataFrame(product(NETWORKS, ["bn_scale", "bn_shift"], range(50)), columns=["network", "kind", "value"])
+    numbers["value"] = rng.normal(1, 0.3, len(numbers))
+    parts = pd.DataFrame(product(NETWORKS, ["all", "only shifts"]), columns=["network", "what"])
+    parts["lost"] = [0.2, 0.05, 0.3, -0.01]
     costs = pd.DataFrame(product(NETWORKS, (0.5, 1.0, 2.0)), columns=["network", "bound"])
     costs["lost"] = 0.1 / costs["bound"] + 0.01 * (costs["network"] == NETWORKS[1])
-    values, cost = finished(plotting.clipping(scales, costs))
+    values, part, cost = finished(plotting.clipping(numbers, parts, costs))
+    assert [text.get_text() for text in part.get_yticklabels()] == ["all", "only shifts"]
+    assert [float(text) for text in texts(part)] == [20, 5, 30, -1]
     for network in NETWORKS:
         own = costs[costs["network"] == network]
         x, y = line(cost, plotting.label(network))
         close(x, own["bound"])
         close(y, 100 * own["lost"])
-    outlines = [patch for patch in values.patches if patch.get_label() in map(plotting.label, NETWORKS)]
-    for outline, network in zip(outlines, NETWORKS, strict=True):
-        edges = outline.get_xy()[:, 0]
-        own = scales.loc[scales["network"] == network, "value"]
-        close([edges.min(), edges.max()], [own.min(), own.max()])
+        (drawn,) = [held for held in part.containers if held.get_label() == plotting.label(network)]
+        close([bar.get_width() for bar in drawn], 100 * parts.loc[parts["network"] == network, "lost"])
+        assert [round(bar.get_y() + bar.get_height() / 2) for bar in drawn] == [0, 1]
+        for kind in ("bn_scale", "bn_shift"):
+            (outline,) = [x for x in values.patches if x.get_label() == f"{plotting.label(network)}, {kind}"]
+            edges = np.linspace(numbers["value"].min(), numbers["value"].max(), 41)
+            own = numbers.loc[(numbers["network"] == network) & (numbers["kind"] == kind), "value"]
+            heights, _ = np.histogram(own, edges, density=True)
+            close(outline.get_xy()[:, 1].max(), heights.max())
 
 
 def test_trial_spread():

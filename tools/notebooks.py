@@ -35,7 +35,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 ROOT = Path(__file__).resolve().parent.parent
 
 PROFILES = ("full", "cifar10", "quick")  # those of bnn_utils.tutorial, the most real first
-ONLY = {"cifar10": ("05", "07", "08")}  # the notebooks that hold in a profile, where that is not all of them
+ONLY = {"cifar10": ("05", "06", "07", "08")}  # the notebooks that hold in a profile, where that is not all of them
 SUFFIXES = (".png", ".svg", ".csv")
 QUICK_CELL_SECONDS = 600  # a cell of the quick profile that takes longer hangs
 KERNEL_EXIT_SECONDS = 60  # killed earlier, a busy machine's kernel leaves temporary files, and complaints about them
@@ -360,12 +360,12 @@ def time_line(seconds: float) -> str:
 
 
 def publish_figures(root: Path, profile: str, notebook: Path) -> None:
-    """Copy a notebook's figures to figures/published/<profile>/; those it no longer makes go."""
+    """Copy a notebook's figures to figures/published/<profile>/; all others of it go, those of other profiles too."""
     made, published = root / "figures" / profile, root / "figures" / "published" / profile
     published.mkdir(parents=True, exist_ok=True)
     fresh = {f"{figure}{suffix}" for figure in figures_of(root, profile, notebook) for suffix in SUFFIXES}
-    for old in published.glob(f"{notebook.name[:2]}-*"):
-        if old.name not in fresh:
+    for old in published.parent.glob(f"*/{notebook.name[:2]}-*"):
+        if old.parent != published or old.name not in fresh:
             old.unlink()
     for name in sorted(fresh):
         if not (made / name).exists():
@@ -445,7 +445,7 @@ def read_manifest(root: Path) -> list[dict[str, str]]:
 
 
 def gallery(root: Path) -> str:
-    """A two-column table of figures, each from the most real profile it was published in."""
+    """A two-column table of figures, each from the profile that it was published in."""
     tiles = []
     for row in read_manifest(root):
         folders = [f"figures/published/{profile}" for profile in PROFILES]
