@@ -316,6 +316,8 @@ def _train(arguments: argparse.Namespace) -> None:
         recipe=dataclasses.asdict(recipe),
         device=str(device),
     )
+    if device.type == "cpu":
+        facts["threads"] = torch.get_num_threads()  # sums depend on how they are split
     if arguments.start:
         facts["start"] = Path(arguments.start).name
     if arguments.teacher:

@@ -152,6 +152,7 @@ def test_train_keeps_what_it_says(tmp_path, capsys):
     assert history["validation_accuracy"].iloc[facts["epoch"] - 1] == facts["validation_accuracy"]
     assert facts["recipe"]["epochs"] == 2
     assert facts["recipe"]["seed"] == 3
+    assert (facts["device"], facts["threads"]) == ("cpu", torch.get_num_threads())
     assert (facts["mean"], facts["std"]) == (list(test.mean), list(test.std))
 
 

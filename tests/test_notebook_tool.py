@@ -163,6 +163,23 @@ def test_notebooks_run_together(tmp_path):
     assert [row.split(",")[0] for row in table[1:]] == ["01_first.ipynb", "02_second.ipynb"]
 
 
+@pytest.mark.parametrize(
+    ("jobs", "given", "expected"), [("1", None, None), ("2", None, max(1, (os.cpu_count() or 1) // 2)), ("2", "7", 7)]
+)
+def test_notebooks_that_run_together_share_the_cores(tmp_path, monkeypatch, jobs, given, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    told = "import os\nprint(os.environ.get('OMP_NUM_THREADS'))"
+    for name in ("01_first.ipynb", "02_second.ipynb"):
+        save(tmp_path, name, told)
+    done = command(tmp_path, "run", "--jobs", jobs)
+    assert done.returncode == 0, done.stderr
+    for name in ("01_first.ipynb", "02_second.ipynb"):
+        ((_, cell),) = tool.code_cells(tool.read_notebook(tmp_path / "executed/quick" / name))
+        assert cell.outputs[0].text.strip() == str(expected)
+
+
 def test_a_bad_cell_stops_the_others_too(tmp_path):
     save(tmp_path, "01_long.ipynb", MEET.format(own="one", other="two"), *["import time\ntime.sleep(1)"] * 60)
     save(tmp_path, "02_bad.ipynb", MEET.format(own="two", other="one"), "1 / 0")

@@ -119,7 +119,7 @@ def card(folder: Path) -> str:
 ## The command
 
 Where `data` holds `train/<class>/` and `test/<class>/` pictures, or torchvision's CIFAR-10 (downloaded if it is not
-there); with `OMP_NUM_THREADS=1` on a CPU, since sums depend on how they are split:
+there); with `OMP_NUM_THREADS={facts.get("threads", 1)}` on a CPU, since sums depend on how they are split:
 
     {command(facts, folder.name)}
 
@@ -178,7 +178,32 @@ def results(root: Path) -> str:
                 f"{row.accuracy / clean:.3f} ± {row.accuracy_half / clean:.3f} | {row.trials} |"
             )
         parts.append("")
-    return "\n".join(parts).rstrip()
+    return "\n".join([*parts, guarded(root)])
+
+
+def guarded(root: Path) -> str:
+    """A table of every trained network, packed and repaired, whose trials hold all test images."""
+    repair = "vote5-few-range"
+    rows, tables = [], {folder: pd.read_csv(folder / "damage-packed.csv") for folder in folders(root)}
+    chosen = {folder: table[table["repair"] == repair] for folder, table in tables.items()}
+    probabilities = sorted({p for table in chosen.values() for p in table["probability"]})
+    for folder, table in chosen.items():
+        facts, means = facts_of(folder), campaign.aggregate(table).set_index("probability")
+        cells = [f"[{folder.name}](checkpoints/{folder.name}/README.md)", f"{facts['test_accuracy']:.1%}"]
+        for p in probabilities:
+            row = means.loc[p] if p in means.index else None
+            cells.append("" if row is None else f"{accuracy(row.accuracy, row.accuracy_half)}% ({row.trials})")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            f"**All networks, packed, with `{repair}`**, on the same images (trials in brackets); those in whose names "
+            "is *errors* were trained on for them.",
+            "",
+            f"| network | undamaged | {' | '.join(f'p = {p:g}' for p in probabilities)} |",
+            f"| --- | --- |{' --- |' * len(probabilities)}",
+            *rows,
+        ]
+    )
 
 
 def main(root: Path = ROOT) -> None:

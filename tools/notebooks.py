@@ -180,7 +180,8 @@ def run_all(root: Path, profile: str, wanted: list[str], output: Path, jobs: int
 
     def one(number: int, path: Path) -> Run:
         try:
-            run = execute(path, profile, output, f"[{number}/{len(paths)}] {path.name:<36}", stopped)
+            label = f"[{number}/{len(paths)}] {path.name:<36}"
+            run = execute(path, profile, output, label, stopped, min(jobs, len(paths)))
             write(output / "executed" / profile / path.name, notebook_text(run.notebook))
             return run
         except BaseException:
@@ -202,8 +203,11 @@ def run_all(root: Path, profile: str, wanted: list[str], output: Path, jobs: int
     return runs
 
 
-def execute(path: Path, profile: str, output: Path, label: str, stopped: threading.Event) -> Run:
-    """Execute one notebook in a fresh kernel, whatever outputs the file holds; give up once `stopped` is set."""
+def execute(path: Path, profile: str, output: Path, label: str, stopped: threading.Event, jobs: int = 1) -> Run:
+    """Execute one notebook, of `jobs` at a time, in a fresh kernel, whatever outputs the file holds.
+
+    Once `stopped` is set it gives up.
+    """
     notebook = read_notebook(path)
     cells = code_cells(notebook)
     for cell in notebook.cells:
@@ -223,7 +227,7 @@ def execute(path: Path, profile: str, output: Path, label: str, stopped: threadi
     start = time.monotonic()
     try:
         # What cells write to stderr comes as output; the process's own is what worker pools say as they end.
-        with client.setup_kernel(env=kernel_environment(profile, output), stderr=subprocess.DEVNULL):
+        with client.setup_kernel(env=kernel_environment(profile, output, jobs), stderr=subprocess.DEVNULL):
             for done, (index, cell) in enumerate(cells):
                 if stopped.is_set():
                     raise Cancelled
@@ -267,11 +271,12 @@ def noise(cell: Any) -> str | None:
     return None
 
 
-def kernel_environment(profile: str, output: Path) -> dict[str, str]:
-    """The environment of a notebook's kernel; matplotlib's backend is left to the kernel."""
+def kernel_environment(profile: str, output: Path, jobs: int = 1) -> dict[str, str]:
+    """The environment of the kernel of one of `jobs` notebooks, which share the cores; its matplotlib is its own."""
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     folders = {"BNN_FIGURES": str(output / "figures"), "BNN_NETWORKS": str(networks_folder(output, profile).parent)}
-    return environment | folders | {"BNN_PROFILE": profile, "TQDM_DISABLE": "1"}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+    return threads | environment | folders | {"BNN_PROFILE": profile, "TQDM_DISABLE": "1"}
 
 
 def networks_folder(output: Path, profile: str) -> Path:
@@ -559,7 +564,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute notebooks; tracked files stay as they are")
     run.add_argument("--output", type=Path, help="where executed/ and figures/ go (default: the repository)")
-    run.add_argument("--jobs", type=positive, help="notebooks at a time (default: 2 in the quick profile, else 1)")
+    run.add_argument("--jobs", type=positive, help="notebooks at a time (default: 2; 1 in the full profile)")
     both = (run, commands.add_parser("publish", help="execute notebooks and write their outputs back"))
     for command in both:
         command.add_argument("--profile", choices=sorted(PROFILES), default="quick")
@@ -577,7 +582,7 @@ def main(words: list[str] | None = None) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Ctrl-C leaves tasks behind; that is no news
     try:
         if given.command == "run":
-            jobs = given.jobs or (min(2, os.cpu_count() or 1) if given.profile == "quick" else 1)
+            jobs = given.jobs or (1 if given.profile == "full" else min(2, os.cpu_count() or 1))
             run_all(root, given.profile, given.notebooks, (given.output or root).resolve(), jobs)
         elif given.command == "publish":
             publish(root, given.profile, given.notebooks)
