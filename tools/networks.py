@@ -196,8 +196,8 @@ def guarded(root: Path) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(
         [
-            f"**All networks, packed, with `{repair}`**, on the same images (trials in brackets); those in whose names "
-            "is *errors* were trained on for them.",
+            f"**All networks, packed, with `{repair}`**, on the same images (trials in brackets); those named "
+            "*errors* were trained on for them, and *normalized* is a ResNet with other shortcuts than the published.",
             "",
             f"| network | undamaged | {' | '.join(f'p = {p:g}' for p in probabilities)} |",
             f"| --- | --- |{' --- |' * len(probabilities)}",
