@@ -98,11 +98,12 @@ def card(folder: Path) -> str:
     limits = [*([NARROW_LIMIT.format(width=width)] if width < 1 else []), LIMITS]
     if "JPEG" in facts["dataset"]:
         limits.append(JPEG_LIMIT)
+    form = " with normalized shortcuts" if facts["config"].get("shortcut") == "normalized" else ""
     trained = f"{recipe['epochs']} epochs in {facts['seconds']:,.0f} seconds on {facts['device'].upper()}"
     return f"""\
 # {folder.name}
 
-{plotting.label(facts["network"])} of {width:g} of the published width, one bit a weight. This page is made by
+{plotting.label(facts["network"])}{form} of {width:g} of the published width, one bit a weight. This page is made by
 `python -m tools.networks` from `{checkpoints.NETWORK_FILE}`, which holds these facts too, and `history.csv`.
 
 | | |
