@@ -183,7 +183,7 @@ def results(root: Path) -> str:
 
 
 def guarded(root: Path) -> str:
-    """A table of every trained network, packed and repaired, whose trials hold all test images."""
+    """A table of every trained network, packed and repaired, on all test images."""
     repair = "vote5-few-range"
     rows, tables = [], {folder: pd.read_csv(folder / "damage-packed.csv") for folder in folders(root)}
     chosen = {folder: table[table["repair"] == repair] for folder, table in tables.items()}

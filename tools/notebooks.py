@@ -35,7 +35,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 ROOT = Path(__file__).resolve().parent.parent
 
 PROFILES = ("full", "cifar10", "quick")  # those of bnn_utils.tutorial, the most real first
-ONLY = {"cifar10": ("05", "06", "07", "08", "09")}  # a profile that only some notebooks hold in
+ONLY = {"cifar10": ("05", "06", "07", "08", "09")}  # of a profile in which not all notebooks hold
 SUFFIXES = (".png", ".svg", ".csv")
 QUICK_CELL_SECONDS = 600  # a cell of the quick profile that takes longer hangs
 KERNEL_EXIT_SECONDS = 60  # killed earlier, a busy machine's kernel leaves temporary files, and complaints about them
@@ -272,7 +272,7 @@ def noise(cell: Any) -> str | None:
 
 
 def kernel_environment(profile: str, output: Path, jobs: int = 1) -> dict[str, str]:
-    """The environment of the kernel of one of `jobs` notebooks, which share the cores; its matplotlib is its own."""
+    """The environment of the kernel of one of `jobs` notebooks, which share the cores; without matplotlib's backend."""
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     folders = {"BNN_FIGURES": str(output / "figures"), "BNN_NETWORKS": str(networks_folder(output, profile).parent)}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
