@@ -354,12 +354,21 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _started(path: str, wanted: nn.Module) -> nn.Module:
-    """Return the network of a checkpoint, which must be of the name and the shape that is wanted."""
-    model, _ = checkpoints.load(path)
+    """Return the network of a checkpoint, which must be of the name and the shape that is wanted.
+
+    A file of one bit a weight tells signs alone. Its latent weights get the sizes of those in `wanted`, a network not
+    trained yet: of size 1, no step of a small learning rate would turn a sign.
+    """
+    model, facts = checkpoints.load(path)
     before, here = ({"network": network.name, "binary": True, **network.config} for network in (model, wanted))  # type: ignore[dict-item]
     differing = [f"{key} {before.get(key)!r} there, {here[key]!r} here" for key in here if before.get(key) != here[key]]
     if differing:
         raise ValueError(f"{path}: is of another network: {'; '.join(differing)}")
+    if facts.get("packed"):
+        with torch.no_grad():
+            for signs, fresh in zip(binarized_weights(model).values(), binarized_weights(wanted).values(), strict=True):
+                least = torch.finfo(fresh.dtype).tiny  # 0 has no sign to give
+                signs.copy_(fresh.abs().clamp(min=least).copysign(signs))
     return model
 
 

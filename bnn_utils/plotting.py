@@ -32,6 +32,7 @@ COLORS = {
     "vote-range": "#332288",
     "vote5-range": "#000000",
     "vote5-few-range": "#999933",
+    "vote5-small-range": "#AA4499",
     "vote": "#56B4E9",
 }
 LARGEST_LOSS = 1e39  # beyond any 32-bit float
@@ -46,7 +47,8 @@ LABELS = {
     "vote-floats": "vote of three, all but weights",
     "vote-range": "that vote, then range check",
     "vote5-range": "vote of five, then range check",
-    "vote5-few-range": "that, small layers' weights too",
+    "vote5-few-range": "that, smallest layers' weights too",
+    "vote5-small-range": "that, small layers' weights too",
     "vote": "vote of three",
     "adam": "Adam",
     "sgd": "SGD, momentum 0.9",
@@ -999,7 +1001,7 @@ def accuracy_against_bits(table: pd.DataFrame) -> Figure:
         for index, repair in enumerate(repairs):
             own = table[(table["network"] == network) & (table["repair"] == repair)]
             means = intervals(own, ["storage", "bits"], "accuracy")
-            style: Any = dict(fmt="osD^vPX<>*"[index % 10], color=color(repair, index), capsize=3, label=label(repair))
+            style: Any = dict(fmt="osD^vPX<>*p"[index % 11], color=color(repair, index), capsize=3, label=label(repair))
             axis.errorbar(means["bits"], 100 * means["accuracy"], 100 * means["accuracy_half"], **style)
         for storage, own in table[table["network"] == network].groupby("storage", sort=False):
             middle = np.exp(np.log(own["bits"].unique()).mean())

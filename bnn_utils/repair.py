@@ -303,6 +303,7 @@ REPAIRS: dict[str, Callable[[nn.Module], Plan]] = {
     "vote-range": lambda model: both(vote(model, FLOATS), range_check(model)),
     "vote5-range": lambda model: both(vote(model, FLOATS, reads=5), range_check(model)),
     "vote5-few-range": lambda model: both(vote(model, few_bits(model), reads=5), range_check(model)),
+    "vote5-small-range": lambda model: both(vote(model, few_bits(model, 0.03), reads=5), range_check(model)),
     "vote": vote,
 }
 

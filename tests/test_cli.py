@@ -28,7 +28,7 @@ from torch import nn
 from bnn_utils import __main__ as cli
 from bnn_utils import campaign, checkpoints, data, faults
 from bnn_utils.layers import binarized_weights
-from bnn_utils.models import resnet_binary, vgg_cifar10_binary
+from bnn_utils.models import build, resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
 from bnn_utils.training import Recipe, evaluate, train
@@ -477,6 +477,21 @@ def test_training_starts_from_a_checkpoint(best, tmp_path, capsys):
     assert facts["start"] == "best.safetensors"
     for before, after in zip(latent.parameters(), further.parameters(), strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=1e-6)  # so small a rate changes next to nothing
+    capsys.readouterr()
+
+    # Of one bit a weight: the signs of the file, the sizes of an untrained network of the run's seed.
+    small = tmp_path / "small.safetensors"
+    assert run(["pack", "-e", best, "-o", small]) == 0
+    again = [*TRAIN, "--results-dir", tmp_path, "--save", "again", "--epochs", 1, "--lr", 1e-9]
+    assert run([*again, "--start", small]) == 0
+    torch.manual_seed(3)
+    fresh = build(latent.name, **latent.config)
+    after, _ = checkpoints.load(tmp_path / "again/best.safetensors")
+    for name, weight in binarized_weights(after).items():
+        torch.testing.assert_close(weight.abs(), fresh.get_parameter(name).abs(), rtol=0, atol=1e-6)
+        sized = weight.abs() > 1e-6
+        assert sized.sum() > 0.99 * weight.numel()
+        assert torch.equal(weight[sized] > 0, latent.get_parameter(name)[sized] >= 0)
     capsys.readouterr()
 
     kept = tree(tmp_path)

@@ -587,6 +587,10 @@ def test_few_bits(packed):
     assert few_bits(network, 1.0) == list(targeted(network))
     extra = stored_bits(network, "vote5-few-range") - stored_bits(network, "vote5-range")
     assert extra == 4 * (8 * (68 + 100 + 100) if packed else 32 * (540 + 800 + 800))  # packed, in whole bytes
+    # Of 3,600 weights each in the first stage, and 7,200 where the second begins: less than 3% of all that is stored.
+    more = stored_bits(network, "vote5-small-range") - stored_bits(network, "vote5-few-range")
+    narrow = 4 * 3600 + 7200 + 3200  # and of the third stage's shortcut
+    assert more == 4 * (1 if packed else 32) * narrow
     with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 2"):
         few_bits(network, 2)
 
@@ -604,6 +608,7 @@ def test_few_bits(packed):
         ("vote-range", 2 * 32 * 15),
         ("vote5-range", 4 * 32 * 15),
         ("vote5-few-range", 4 * 32 * 15),  # no weights are few here
+        ("vote5-small-range", 4 * 32 * 15),
     ],
 )
 def test_stored_bits_of_floats(repair, beside):
@@ -625,6 +630,7 @@ def test_stored_bits_of_floats(repair, beside):
         ("vote-range", 2 * (32 + 8)),
         ("vote5-range", 4 * (32 + 8)),
         ("vote5-few-range", 4 * (32 + 8)),
+        ("vote5-small-range", 4 * (32 + 8)),
     ],
 )
 def test_stored_bits_of_a_packed_layer(repair, beside):

@@ -9,6 +9,7 @@ import hashlib
 import re
 from dataclasses import fields
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pandas as pd
 
 from bnn_utils import campaign, checkpoints, plotting
 from bnn_utils.faults import STORAGES
+from bnn_utils.packed import pack
+from bnn_utils.repair import stored_bits
 from bnn_utils.system import write_beside
 from bnn_utils.training import Recipe
 from bnn_utils.tutorial import SHIPPED
@@ -82,7 +85,10 @@ def command(facts: dict[str, Any], name: str) -> str:
         if value != field.default:
             option = "damage-train-rate" if field.name == "damage_rate" else field.name.replace("_", "-")
             words.append(f"--{option}" if value is True else f"--{option} {value}")
-    start = f"results/{re.split('[-_]errors', name)[0]}/{facts['start']}" if "start" in facts else ""
+    start = ""
+    if "start" in facts:  # the file of a run, or one that is here
+        kept = "checkpoints" if facts["start"] == checkpoints.NETWORK_FILE else "results"
+        start = f"{kept}/{re.split('[-_]errors', name)[0]}/{facts['start']}"
     if "teacher" in facts:  # a network can be the teacher of what starts from it
         words.append(f"--teacher {start if facts['teacher'] == facts.get('start') else facts['teacher']}")
     if start:
@@ -184,24 +190,26 @@ def results(root: Path) -> str:
 
 def guarded(root: Path) -> str:
     """A table of every trained network, packed and repaired, on all test images."""
-    repair = "vote5-few-range"
+    repairs = ("vote5-few-range", "vote5-small-range")
     rows, tables = [], {folder: pd.read_csv(folder / "damage-packed.csv") for folder in folders(root)}
-    chosen = {folder: table[table["repair"] == repair] for folder, table in tables.items()}
-    probabilities = sorted({p for table in chosen.values() for p in table["probability"]})
-    for folder, table in chosen.items():
-        facts, means = facts_of(folder), campaign.aggregate(table).set_index("probability")
-        cells = [f"[{folder.name}](checkpoints/{folder.name}/README.md)", f"{facts['test_accuracy']:.1%}"]
+    tables = {folder: table[table["repair"].isin(repairs)] for folder, table in tables.items()}
+    probabilities = sorted({p for table in tables.values() for p in table["probability"]})
+    for (folder, table), repair in product(tables.items(), repairs):
+        network, facts = checkpoints.load(folder / checkpoints.NETWORK_FILE)
+        means = campaign.aggregate(table).set_index(["repair", "probability"])
+        cells = [f"[{folder.name}](checkpoints/{folder.name}/README.md)", f"{facts['test_accuracy']:.1%}", repair]
+        cells.append(f"{stored_bits(pack(network), repair) / 1e3:,.0f}")
         for p in probabilities:
-            row = means.loc[p] if p in means.index else None
+            row = means.loc[repair, p] if (repair, p) in means.index else None
             cells.append("" if row is None else f"{accuracy(row.accuracy, row.accuracy_half)}% ({row.trials})")
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(
         [
-            f"**All networks, packed, with `{repair}`**, on the same images (trials in brackets); those named "
-            "*errors* were trained on for them, and *normalized* is a ResNet with other shortcuts than the published.",
+            "**All networks, packed and repaired**, on the same images (trials in brackets); those named *errors* were "
+            "trained on for them, and *normalized* is a ResNet with other shortcuts than the published.",
             "",
-            f"| network | undamaged | {' | '.join(f'p = {p:g}' for p in probabilities)} |",
-            f"| --- | --- |{' --- |' * len(probabilities)}",
+            f"| network | undamaged | repair | kbit | {' | '.join(f'p = {p:g}' for p in probabilities)} |",
+            f"| --- | --- | --- | --- |{' --- |' * len(probabilities)}",
             *rows,
         ]
     )
