@@ -32,7 +32,7 @@ COLORS = {
     "vote-range": "#332288",
     "vote5-range": "#000000",
     "vote5-few-range": "#999933",
-    "vote5-small-range": "#AA4499",
+    "vote7-small-range": "#AA4499",
     "vote": "#56B4E9",
 }
 LARGEST_LOSS = 1e39  # beyond any 32-bit float
@@ -48,7 +48,7 @@ LABELS = {
     "vote-range": "that vote, then range check",
     "vote5-range": "vote of five, then range check",
     "vote5-few-range": "that, smallest layers' weights too",
-    "vote5-small-range": "that, small layers' weights too",
+    "vote7-small-range": "of seven, small layers' weights too",
     "vote": "vote of three",
     "adam": "Adam",
     "sgd": "SGD, momentum 0.9",

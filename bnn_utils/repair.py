@@ -237,7 +237,7 @@ def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS, reads: int = 3) 
     """Plan to store more copies, in whole bytes, and to read each bit as most of them say.
 
     Where each read is wrong with probability p, independently, most of three are with 3 p^2 - 2 p^3, most of five with
-    10 p^3 - 15 p^4 + 6 p^5.
+    10 p^3 - 15 p^4 + 6 p^5, most of seven with about 35 p^4.
 
     Args:
         targets: what is copied, in the words of `bnn_utils.faults.inject`.
@@ -303,7 +303,7 @@ REPAIRS: dict[str, Callable[[nn.Module], Plan]] = {
     "vote-range": lambda model: both(vote(model, FLOATS), range_check(model)),
     "vote5-range": lambda model: both(vote(model, FLOATS, reads=5), range_check(model)),
     "vote5-few-range": lambda model: both(vote(model, few_bits(model), reads=5), range_check(model)),
-    "vote5-small-range": lambda model: both(vote(model, few_bits(model, 0.03), reads=5), range_check(model)),
+    "vote7-small-range": lambda model: both(vote(model, few_bits(model, 0.03), reads=7), range_check(model)),
     "vote": vote,
 }
 

@@ -579,8 +579,8 @@ def test_few_bits(packed):
     network = pack(network) if packed else network
     names = few_bits(network)
     weights = [name for name in names if stored_tensors(network)[name].kind == "weights"]
-    small = ["conv1.weight", "layer2.0.downsample.0.weight", "fc.weight"]  # of 540, 800 and 800 weights in 271,380
-    assert weights == small
+    smallest = ["conv1.weight", "layer2.0.downsample.0.weight", "fc.weight"]  # of 540, 800 and 800 weights in 271,380
+    assert weights == smallest
     others = [name for name, held in stored_tensors(network).items() if held.kind in FLOATS]
     assert [name for name in names if name not in weights] == others
     assert [name for name in few_bits(network, 0.0)] == others
@@ -588,9 +588,9 @@ def test_few_bits(packed):
     extra = stored_bits(network, "vote5-few-range") - stored_bits(network, "vote5-range")
     assert extra == 4 * (8 * (68 + 100 + 100) if packed else 32 * (540 + 800 + 800))  # packed, in whole bytes
     # Of 3,600 weights each in the first stage, and 7,200 where the second begins: less than 3% of all that is stored.
-    more = stored_bits(network, "vote5-small-range") - stored_bits(network, "vote5-few-range")
+    few, small = (stored_bits(network, f"{how}-range") - stored_bits(network) for how in ("vote5-few", "vote7-small"))
     narrow = 4 * 3600 + 7200 + 3200  # and of the third stage's shortcut
-    assert more == 4 * (1 if packed else 32) * narrow
+    assert small == 6 * (few // 4 + (1 if packed else 32) * narrow)
     with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 2"):
         few_bits(network, 2)
 
@@ -608,7 +608,7 @@ def test_few_bits(packed):
         ("vote-range", 2 * 32 * 15),
         ("vote5-range", 4 * 32 * 15),
         ("vote5-few-range", 4 * 32 * 15),  # no weights are few here
-        ("vote5-small-range", 4 * 32 * 15),
+        ("vote7-small-range", 6 * 32 * 15),
     ],
 )
 def test_stored_bits_of_floats(repair, beside):
@@ -630,7 +630,7 @@ def test_stored_bits_of_floats(repair, beside):
         ("vote-range", 2 * (32 + 8)),
         ("vote5-range", 4 * (32 + 8)),
         ("vote5-few-range", 4 * (32 + 8)),
-        ("vote5-small-range", 4 * (32 + 8)),
+        ("vote7-small-range", 6 * (32 + 8)),
     ],
 )
 def test_stored_bits_of_a_packed_layer(repair, beside):

@@ -190,7 +190,7 @@ def results(root: Path) -> str:
 
 def guarded(root: Path) -> str:
     """A table of every trained network, packed and repaired, on all test images."""
-    repairs = ("vote5-few-range", "vote5-small-range")
+    repairs = ("vote5-few-range", "vote7-small-range")
     rows, tables = [], {folder: pd.read_csv(folder / "damage-packed.csv") for folder in folders(root)}
     tables = {folder: table[table["repair"].isin(repairs)] for folder, table in tables.items()}
     probabilities = sorted({p for table in tables.values() for p in table["probability"]})
