@@ -48,7 +48,7 @@ LABELS = {
     "vote-range": "that vote, then range check",
     "vote5-range": "vote of five, then range check",
     "vote5-few-range": "that, smallest layers' weights too",
-    "vote7-small-range": "of seven, small layers' weights too",
+    "vote7-small-range": "vote of seven, small layers too, range check",
     "vote": "vote of three",
     "adam": "Adam",
     "sgd": "SGD, momentum 0.9",

@@ -116,6 +116,8 @@ def test_a_card_names_every_setting_that_is_not_the_default():
     assert "--float" not in line and "--teacher" not in line
     taught = networks.command(facts | {"recipe": recipe | {"teacher_share": 0.5}, "teacher": "float.safetensors"}, "x")
     assert "--teacher-share 0.5" in taught and "--teacher float.safetensors" in taught
+    shipped = networks.command(facts | {"start": "network.safetensors"}, "resnet_cifar10_errors")
+    assert " --start checkpoints/resnet_cifar10/network.safetensors " in shipped
     by_itself = networks.command(facts | {"teacher": facts["start"]}, "resnet_cifar10_errors")
     assert "--teacher results/resnet_cifar10/best.safetensors --start results/resnet_cifar10/" in by_itself
     assert " --float " in networks.command(facts | {"config": config | {"binary": False}}, "x")
