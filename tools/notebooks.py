@@ -30,14 +30,13 @@ from typing import Any, NoReturn
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 PROFILES = ("full", "cifar10", "quick")  # those of bnn_utils.tutorial, the most real first
 ONLY = {"cifar10": ("05", "06", "07", "08", "09")}  # of a profile in which not all notebooks hold
 SUFFIXES = (".png", ".svg", ".csv")
-QUICK_CELL_SECONDS = 600  # a cell of the quick profile that takes longer hangs
 KERNEL_EXIT_SECONDS = 60  # killed earlier, a busy machine's kernel leaves temporary files, and complaints about them
 LARGEST_NOTEBOOK = 1_000_000  # bytes
 
@@ -217,7 +216,7 @@ def execute(path: Path, profile: str, output: Path, label: str, stopped: threadi
     client = NotebookClient(
         notebook,
         kernel_name="python3",
-        timeout=QUICK_CELL_SECONDS if profile == "quick" else None,
+        timeout=None,  # a slow or busy machine is no failure
         record_timing=False,
         extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # no notices of the kernel in the terminal
         resources={"metadata": {"path": str(path.parent)}},
@@ -250,8 +249,6 @@ def run_cell(client: NotebookClient, index: int, cell: Any, name: str) -> None:
         client.execute_cell(cell, index)
     except CellExecutionError as error:
         problem = f"{error.ename}: {error.evalue}"
-    except (CellTimeoutError, TimeoutError):
-        problem = f"it was still running after {client.timeout} s"
     except DeadKernelError:
         problem = "the kernel died (out of memory?)"
     problem = problem or noise(cell) or ("it made widget state" if client.widget_state else None)
