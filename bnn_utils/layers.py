@@ -26,29 +26,47 @@ class _Sign(torch.autograd.Function):
         return x.abs().le_(1) * gradient
 
 
-def binarize(x: Tensor, stochastic: bool = False) -> Tensor:
-    """Return +1 or -1 for every element of `x`, with a straight-through gradient.
+class _PolynomialSign(_Sign):
+    """sign(x) forward; backward, the gradient is multiplied by 2 - 2 |x| where |x| <= 1, by 0 elsewhere."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (2 - 2 * x.abs()).clamp(min=0) * gradient
+
+
+GRADIENTS = {"straight-through": _Sign, "polynomial": _PolynomialSign}
+
+
+def binarize(x: Tensor, stochastic: bool = False, gradient: str = "straight-through") -> Tensor:
+    """Return +1 or -1 for every element of `x`, with a gradient although the sign has none.
 
     Deterministic: +1 where x >= 0, else -1; never 0, and NaN reads as -1.
     Stochastic: +1 with probability clip((x + 1) / 2, 0, 1), the "hard sigmoid" of x, drawn from torch's
     global generator; NaN again reads as -1.
-    Backward, both pass the gradient where |x| <= 1 and stop it elsewhere.
+    Backward, both pass the gradient where |x| <= 1 and stop it elsewhere ("straight-through"), or multiply it by the
+    slope of a curve that is closer to the sign, 2 - 2 |x| where |x| <= 1 and 0 elsewhere ("polynomial").
 
     Args:
         x: floating-point tensor of any shape.
         stochastic: draw instead of taking the sign.
+        gradient: "straight-through" or "polynomial".
 
     Returns:
         Tensor of the shape, dtype and device of `x`, holding only +1 and -1.
 
     Raises:
         TypeError: `x` is not floating point.
+        ValueError: an unknown gradient.
 
-    Source: Hubara et al., Binarized Neural Networks, NeurIPS 2016, section 1.1 and equation 4.
+    Source: Hubara et al., Binarized Neural Networks, NeurIPS 2016, section 1.1 and equation 4; the polynomial: Liu et
+    al., Bi-Real Net, ECCV 2018 (arXiv:1808.00278), section 3.3.
     """
     if not x.is_floating_point():
         raise TypeError(f"binarize: x must be floating point, got {x.dtype}")
-    sign = _Sign.apply(x)
+    if gradient not in GRADIENTS:
+        raise ValueError(f"unknown gradient {gradient!r}, expected one of {', '.join(GRADIENTS)}")
+    sign = GRADIENTS[gradient].apply(x)
     if not stochastic:
         return sign
     drawn = (torch.rand_like(x) < (x + 1) / 2).to(x.dtype) * 2 - 1
@@ -89,6 +107,7 @@ class BinarizeConv2d(nn.Conv2d):
         in_channels, out_channels, kernel_size, stride, padding, bias: as in `torch.nn.Conv2d`.
         binarize_input: False leaves x as it is (a first layer, whose input is an image). Its sums are then computed
             in the order of channels_last memory whatever the layout of x, so that the layout changes no rounding.
+        gradient: of the activations' sign, see `binarize`; that of the weights is always straight-through.
 
     Shapes: x (batch, in_channels, height, width) -> (batch, out_channels, height', width').
     Source: Hubara et al., 2016, algorithm 1.
@@ -104,16 +123,46 @@ class BinarizeConv2d(nn.Conv2d):
         bias: bool = True,
         *,
         binarize_input: bool = True,
+        gradient: str = "straight-through",
     ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
-        self.binarize_input = binarize_input
+        self.binarize_input, self.gradient = binarize_input, gradient
 
     def forward(self, x: Tensor) -> Tensor:
-        x = binarize(x) if self.binarize_input else x.contiguous(memory_format=torch.channels_last)
+        if self.binarize_input:
+            x = binarize(x, gradient=self.gradient)
+        else:
+            x = x.contiguous(memory_format=torch.channels_last)
         return self._conv_forward(x, binarize(self.weight), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, binarize_input={self.binarize_input}"
+
+
+class Shift(nn.Module):
+    """Add a learned number to each channel: y = x + shift. Before a sign it is the threshold that x is held against.
+
+    Shapes: x (batch, channels, height, width), y alike, in the dtype of x.
+    Source: Liu et al., ReActNet, ECCV 2020 (arXiv:2003.03488), section 4.2 (RSign).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift.to(x.dtype).view(-1, 1, 1)
+
+
+class PReLU(nn.PReLU):
+    """x where it is positive, slope * x elsewhere, with a learned slope a channel; in the dtype of x.
+
+    Shapes: x (batch, channels, height, width), y alike.
+    Source: He et al., Delving Deep into Rectifiers, ICCV 2015 (arXiv:1502.01852), section 2.1.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # torch's own would widen a bfloat16 stream to float32
+        return torch.where(x > 0, x, x * self.weight.to(x.dtype).view(-1, 1, 1))
 
 
 BINARIZED = (BinarizeLinear, BinarizeConv2d)

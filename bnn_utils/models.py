@@ -6,8 +6,9 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear
+from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, PReLU, Shift
 
 SHORTCUTS = (True, False, "normalized")
 
@@ -266,9 +267,113 @@ def resnet_binary(
     return BinarizedResNet(num_classes, depth, width, in_channels, input_size, shortcut, binary)
 
 
+class BiRealUnit(nn.Module):
+    """One binarized 3x3 convolution with a shortcut of its own: y = PReLU(BN(conv(sign(x + shift))) + shortcut(x)).
+
+    x and y are real-valued, and nothing clamps them: only the convolution's input is binarized. With `stride` 2 the
+    shortcut averages 2x2 pixels and lays two copies of the result side by side, so it has no weights.
+    """
+
+    def __init__(self, before: int, stride: int = 1, *, binary: bool = True):
+        super().__init__()
+        after = before * stride
+        options: dict[str, Any] = dict(gradient="polynomial") if binary else {}
+        self.shift = Shift(before)
+        self.conv = _convolution(binary, before, after, 3, stride=stride, padding=1, bias=False, **options)
+        self.bn = nn.BatchNorm2d(after)
+        self.act = PReLU(after)
+        self.stride = stride
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        if self.stride == 1:
+            return x
+        return functional.avg_pool2d(x, 2).repeat(1, 2, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(self.shift(x))) + self.shortcut(x))
+
+
+class BiRealResNet(nn.Module):
+    """A binarized ResNet whose stream stays real-valued; see `resnet_bireal`."""
+
+    name = "resnet_bireal"
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
+    def __init__(
+        self, num_classes: int, depth: int, width: float, in_channels: int, input_size: int, binary: bool = True
+    ):
+        super().__init__()
+        _check_sizes(num_classes, width, in_channels, input_size, divisor=4)
+        if depth < 8:
+            raise ValueError(f"depth must be at least 8, got {depth}")
+        self.config: dict[str, Any] = dict(
+            num_classes=num_classes,
+            depth=depth,
+            width=width,
+            in_channels=in_channels,
+            input_size=input_size,
+            **_kind(binary),
+        )
+        channels = _channels(80, width)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        for stage in (1, 2, 3):
+            layer = nn.Sequential()
+            for unit in range(2 * ((depth - 2) // 6)):
+                stride = 2 if stage > 1 and unit == 0 else 1
+                layer.append(BiRealUnit(channels, stride, binary=binary))
+                channels *= stride
+            setattr(self, f"layer{stage}", layer)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def resnet_bireal(
+    num_classes: int = 10,
+    depth: int = 18,
+    width: float = 1.0,
+    in_channels: int = 3,
+    input_size: int = 32,
+    binary: bool = True,
+) -> BiRealResNet:
+    """Return a modern binarized ResNet for small images, untrained: one shortcut a convolution, a real-valued stream.
+
+    At width 1.0: a float convolution to 80 channels and BatchNorm, three stages of 2 * ((depth - 2) // 6) units of 80,
+    160 and 320 channels, average pooling and a float linear layer; see `BiRealUnit`. ReActNet's activation shifts its
+    input and its output as well, by a learned number a channel: here the BatchNorm before it, the threshold of the
+    next sign and the next BatchNorm can say the same, so these shifts are left out, and fewer floats are stored.
+
+    Args:
+        num_classes: outputs, at least 2.
+        depth: at least 8; 18 gives four units a stage.
+        width: factor on the first channel count, in (0, 4]; each stage has twice the channels of the one before.
+        in_channels: of the image, which is not binarized.
+        input_size: height and width of the image in pixels, a multiple of 4.
+        binary: False builds the float network of the same shape: ordinary convolutions in the place of the binarized
+            ones, everything else the same.
+
+    Returns:
+        A module from images (batch, in_channels, input_size, input_size) to logits (batch, num_classes).
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Liu et al., Bi-Real Net, ECCV 2018 (arXiv:1808.00278): a shortcut a convolution, the polynomial gradient;
+    Liu et al., ReActNet, ECCV 2020 (arXiv:2003.03488): learned thresholds and slopes, shortcuts without weights.
+    """
+    return BiRealResNet(num_classes, depth, width, in_channels, input_size, binary)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg_cifar10_binary": vgg_cifar10_binary,
     "resnet_binary": resnet_binary,
+    "resnet_bireal": resnet_bireal,
 }
 
 
