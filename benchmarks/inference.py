@@ -14,8 +14,13 @@ from matplotlib.figure import Figure
 from benchmarks import common, runtimes
 from bnn_utils.plotting import label
 
-NETWORKS = (("vgg_cifar10_binary", 1.0), ("vgg_cifar10_binary", 0.25), ("resnet_binary", 1.0))
-QUICK_NETWORKS = (("vgg_cifar10_binary", 0.05), ("resnet_binary", 0.2))
+NETWORKS = (
+    ("vgg_cifar10_binary", 1.0),
+    ("vgg_cifar10_binary", 0.25),
+    ("resnet_binary", 1.0),
+    ("resnet_bireal", 1.0),
+)
+QUICK_NETWORKS = (("vgg_cifar10_binary", 0.05), ("resnet_binary", 0.2), ("resnet_bireal", 0.1))
 COLUMNS = [
     "network",
     "width",

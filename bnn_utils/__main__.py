@@ -41,7 +41,7 @@ BEST_FILE = "best.safetensors"
 CONNECT_SECONDS = 5
 WAIT_SECONDS = 30  # as long as processes that start together may be apart
 FIXED_TRIALS, MOST_TRIALS = 20, 10_000  # by default: without --until, with it
-SHORTCUTS: dict[str, bool | str] = {"published": True, "normalized": "normalized", "none": False}
+SHORTCUTS = {"published": True, "none": False}
 PUBLISHED_WORDS = {"none": "damaged", "clip": "clipped"}
 
 
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--shortcut",
         choices=SHORTCUTS,
-        help="of the ResNet: as published, added after BatchNorm (normalized), or none",
+        help="of the published ResNet, or none",
     )
     sub.add_argument(
         "--float",

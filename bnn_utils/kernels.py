@@ -238,21 +238,19 @@ def _threshold_image(image, dots, threshold, direction, pool, out):
 
 
 @njit(nogil=True, cache=True)
-def _affine_image(image, x, shortcut, after, scale, shift, clamp, values, out):
+def _affine_image(image, x, shortcut, scale, shift, clamp, values, out):
     """Compute one image of `affine`."""
     channels, words = x.shape[3], out.shape[3]
     kept = values.shape[0] > 0
-    before, after = shortcut.shape[0] > 0 and not after, shortcut.shape[0] > 0 and after
+    added = shortcut.shape[0] > 0
     result, positive = np.empty(channels, np.float32), np.zeros(64 * words, np.bool_)
     for row in range(x.shape[1]):
         for column in range(x.shape[2]):
             for c in range(channels):
                 value = np.float32(x[image, row, column, c])
-                if before:
+                if added:
                     value += shortcut[image, row, column, c]
                 result[c] = _fma(value, scale[c], shift[c])
-                if after:
-                    result[c] += shortcut[image, row, column, c]
                 positive[c] = result[c] >= 0
             for k in range(words):
                 out[image, row, column, k] = _word(positive.ctypes.data + 64 * k)
@@ -263,6 +261,29 @@ def _affine_image(image, x, shortcut, after, scale, shift, clamp, values, out):
                         value = np.float32(-1) if value < -1 else value
                         value = np.float32(1) if value > 1 else value
                     values[image, row, column, c] = value
+
+
+@njit(nogil=True, cache=True)
+def _shifted_image(image, x, offset, out):
+    """Compute one image of `shifted_bits`."""
+    channels, words = x.shape[3], out.shape[3]
+    positive = np.zeros(64 * words, np.bool_)
+    for row in range(x.shape[1]):
+        for column in range(x.shape[2]):
+            for c in range(channels):
+                positive[c] = x[image, row, column, c] + offset[c] >= 0
+            for k in range(words):
+                out[image, row, column, k] = _word(positive.ctypes.data + 64 * k)
+
+
+@njit(nogil=True, cache=True)
+def _rectified_image(image, x, shortcut, scale, shift, slope, out):
+    """Compute one image of `rectify`."""
+    for row in range(x.shape[1]):
+        for column in range(x.shape[2]):
+            for c in range(x.shape[3]):
+                y = _fma(np.float32(x[image, row, column, c]), scale[c], shift[c]) + shortcut[image, row, column, c]
+                out[image, row, column, c] = y if y > 0 else y * slope[c]
 
 
 @njit(nogil=True, cache=True)
@@ -290,15 +311,39 @@ def _threshold_parallel(images, dots, threshold, direction, pool, out):
 
 
 @njit(nogil=True, cache=True)
-def _affine_serial(images, x, shortcut, after, scale, shift, clamp, values, out):
+def _affine_serial(images, x, shortcut, scale, shift, clamp, values, out):
     for image in range(images):
-        _affine_image(image, x, shortcut, after, scale, shift, clamp, values, out)
+        _affine_image(image, x, shortcut, scale, shift, clamp, values, out)
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _affine_parallel(images, x, shortcut, after, scale, shift, clamp, values, out):
+def _affine_parallel(images, x, shortcut, scale, shift, clamp, values, out):
     for image in prange(images):
-        _affine_image(image, x, shortcut, after, scale, shift, clamp, values, out)
+        _affine_image(image, x, shortcut, scale, shift, clamp, values, out)
+
+
+@njit(nogil=True, cache=True)
+def _shifted_serial(images, x, offset, out):
+    for image in range(images):
+        _shifted_image(image, x, offset, out)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _shifted_parallel(images, x, offset, out):
+    for image in prange(images):
+        _shifted_image(image, x, offset, out)
+
+
+@njit(nogil=True, cache=True)
+def _rectified_serial(images, x, shortcut, scale, shift, slope, out):
+    for image in range(images):
+        _rectified_image(image, x, shortcut, scale, shift, slope, out)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _rectified_parallel(images, x, shortcut, scale, shift, slope, out):
+    for image in prange(images):
+        _rectified_image(image, x, shortcut, scale, shift, slope, out)
 
 
 def dots(
@@ -364,7 +409,6 @@ def affine(
     scale: NDArray[np.float32],
     shift: NDArray[np.float32],
     *,
-    after: bool,
     clamp: bool,
     values: NDArray[np.float32],
     out: NDArray[np.uint64],
@@ -376,13 +420,46 @@ def affine(
         x: int32 or float32 (images, height, width, channels).
         shortcut: float32 of that shape, or without images for none.
         scale, shift: float32 (channels,).
-        after: add the shortcut after scale and shift: x * scale + shift + shortcut.
         clamp: whether to clamp.
         values: where the numbers go, float32 of the shape of `x`, or without images if only their signs are wanted.
         out: where their signs go, uint64 words (images, height, width, words).
         threads: to use.
     """
-    _run(_affine_serial, _affine_parallel, threads, len(x), x, shortcut, after, scale, shift, clamp, values, out)
+    _run(_affine_serial, _affine_parallel, threads, len(x), x, shortcut, scale, shift, clamp, values, out)
+
+
+def shifted_bits(x: NDArray[np.float32], offset: NDArray[np.float32], *, out: NDArray[np.uint64], threads: int) -> None:
+    """Turn each number into a bit: x + offset >= 0.
+
+    Args:
+        x: float32 (images, height, width, channels).
+        offset: float32 (channels,).
+        out: where to, uint64 words (images, height, width, words).
+        threads: to use.
+    """
+    _run(_shifted_serial, _shifted_parallel, threads, len(x), x, offset, out)
+
+
+def rectify(
+    x: NDArray[np.int32],
+    shortcut: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    slope: NDArray[np.float32],
+    *,
+    out: NDArray[np.float32],
+    threads: int,
+) -> None:
+    """Compute y = x * scale + shift + shortcut, and from it y where it is positive, slope * y elsewhere.
+
+    Args:
+        x: int32 (images, height, width, channels).
+        shortcut: float32 of that shape.
+        scale, shift, slope: float32 (channels,).
+        out: where to, float32 of that shape.
+        threads: to use.
+    """
+    _run(_rectified_serial, _rectified_parallel, threads, len(x), x, shortcut, scale, shift, slope, out)
 
 
 def _run(serial: Any, parallel: Any, threads: int, *arguments: Any) -> None:

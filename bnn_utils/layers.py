@@ -136,7 +136,7 @@ class BinarizeConv2d(nn.Conv2d):
         return self._conv_forward(x, binarize(self.weight), self.bias)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, binarize_input={self.binarize_input}"
+        return f"{super().extra_repr()}, binarize_input={self.binarize_input}, gradient={self.gradient}"
 
 
 class Shift(nn.Module):

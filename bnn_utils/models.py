@@ -1,4 +1,4 @@
-"""The two published networks, at any width, binarized or not, and a table of what their layers cost."""
+"""The two published networks and a modern ResNet, at any width, binarized or not; what their layers cost."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, PReLU, Shift
-
-SHORTCUTS = (True, False, "normalized")
 
 
 def _channels(published: int, width: float) -> int:
@@ -117,7 +115,6 @@ class BasicBlock(nn.Module):
 
     The shortcut carries real values: the block's input, or its binarized 1x1 convolution with BatchNorm where the
     shape changes. `last` leaves out the second BatchNorm and Hardtanh; `shortcut=False` leaves out the shortcut.
-    `shortcut="normalized"` adds it between the second BatchNorm, which the last block then has too, and Hardtanh.
     """
 
     def __init__(
@@ -127,31 +124,28 @@ class BasicBlock(nn.Module):
         stride: int = 1,
         *,
         last: bool = False,
-        shortcut: bool | str = True,
+        shortcut: bool = True,
         binary: bool = True,
     ):
         super().__init__()
-        self.normalized = shortcut == "normalized"
         self.conv1 = _convolution(binary, before, after, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(after)
         self.tanh1 = nn.Hardtanh()
         self.conv2 = _convolution(binary, after, after, 3, padding=1, bias=False)
-        self.bn2 = None if last and not self.normalized else nn.BatchNorm2d(after)
+        self.bn2 = None if last else nn.BatchNorm2d(after)
         self.tanh2 = None if last else nn.Hardtanh()
         self.downsample: nn.Module | None = None
         if shortcut and (stride != 1 or before != after):
             self.downsample = nn.Sequential(
                 _convolution(binary, before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after)
             )
-        self.shortcut = bool(shortcut)
+        self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(self.tanh1(self.bn1(self.conv1(x))))
-        if self.normalized and self.bn2 is not None:
-            out = self.bn2(out)
         if self.shortcut:
             out = out + (x if self.downsample is None else self.downsample(x))
-        if not self.normalized and self.bn2 is not None:
+        if self.bn2 is not None:
             out = self.bn2(out)
         return out if self.tanh2 is None else self.tanh2(out)
 
@@ -171,13 +165,13 @@ class BinarizedResNet(nn.Module):
         width: float,
         in_channels: int,
         input_size: int,
-        shortcut: bool | str,
+        shortcut: bool,
         binary: bool = True,
     ):
         super().__init__()
         _check_sizes(num_classes, width, in_channels, input_size, divisor=4)
-        if shortcut not in SHORTCUTS:
-            raise ValueError(f"shortcut must be True, False or 'normalized', got {shortcut!r}")
+        if not isinstance(shortcut, bool):
+            raise ValueError(f"shortcut must be True or False, got {shortcut!r}")
         if depth < 8:
             raise ValueError(f"depth must be at least 8, got {depth}")
         self.config: dict[str, Any] = dict(
@@ -215,9 +209,8 @@ class BinarizedResNet(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The published network declares a BatchNorm in its last block and never calls it.
         last = f"{prefix}layer3.{len(self.layer3) - 1}.bn2."
-        if self.config["shortcut"] != "normalized":
-            for key in [key for key in state_dict if key.startswith(last)]:
-                del state_dict[key]
+        for key in [key for key in state_dict if key.startswith(last)]:
+            del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +226,7 @@ def resnet_binary(
     width: float = 1.0,
     in_channels: int = 3,
     input_size: int = 32,
-    shortcut: bool | str = True,
+    shortcut: bool = True,
     binary: bool = True,
 ) -> BinarizedResNet:
     """Return the binarized ResNet of BinaryNet for small images, untrained.
@@ -250,8 +243,7 @@ def resnet_binary(
         in_channels: of the image, which is not binarized.
         input_size: height and width of the image in pixels, a multiple of 4.
         shortcut: True adds it to the sums of the second convolution, as published, beside which it is small; False
-            leaves out every shortcut, to see what they carry; "normalized" adds it after the second BatchNorm, as in
-            an ordinary ResNet, so that both signals are of one size, and the last block has that BatchNorm too.
+            leaves out every shortcut, to see what they carry.
         binary: False builds the float network of the same shape: ordinary convolutions and linear layers in the place
             of the binarized ones, everything else the same.
 
@@ -261,8 +253,7 @@ def resnet_binary(
     Raises:
         ValueError: an argument outside its range.
 
-    Source: He et al., Deep Residual Learning, CVPR 2016, section 4.2; the layer list of BinaryNet.pytorch. Normalized
-    shortcuts in binarized networks: Liu et al., Bi-Real Net, ECCV 2018.
+    Source: He et al., Deep Residual Learning, CVPR 2016, section 4.2; the layer list of BinaryNet.pytorch.
     """
     return BinarizedResNet(num_classes, depth, width, in_channels, input_size, shortcut, binary)
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from bnn_utils.bits import WORD, pack_signs, unpack_signs
 from bnn_utils.layers import BINARIZED, BinarizeConv2d
-from bnn_utils.models import BasicBlock, BinarizedResNet, BinarizedVGG, build
+from bnn_utils.models import BasicBlock, BinarizedResNet, BinarizedVGG, BiRealResNet, BiRealUnit, build
 
 try:
     from bnn_utils import kernels
@@ -224,20 +224,55 @@ class Affine(nn.Module):
 
     def bits(self, x: Tensor) -> Tensor:
         """Return the signs of x * scale + shift alone, as words."""
-        return _affine(x, None, self.scale, self.shift, False, False, self.engine, keep=False)[1]
+        return _affine(x, None, self.scale, self.shift, False, self.engine, keep=False)[1]
 
-    def forward(
-        self, x: Tensor, shortcut: Tensor | None = None, clamp: bool = False, after: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, clamp: bool = False) -> tuple[Tensor, Tensor]:
         """Return (x + shortcut) * scale + shift, clamped to [-1, 1] if `clamp`, and its signs as words.
 
         Args:
             x: int32 or float32 (images, height, width, channels).
             shortcut: float32 of that shape, or None.
             clamp: whether to clamp.
-            after: add the shortcut after scale and shift: x * scale + shift + shortcut.
         """
-        return _affine(x, shortcut, self.scale, self.shift, after, clamp, self.engine)
+        return _affine(x, shortcut, self.scale, self.shift, clamp, self.engine)
+
+    def rectified(self, x: Tensor, shortcut: Tensor, slope: Tensor) -> Tensor:
+        """Return y = x * scale + shift + shortcut where y is positive, slope * y elsewhere.
+
+        Args:
+            x: int32 (images, height, width, channels).
+            shortcut: float32 of that shape.
+            slope: float32 (channels,).
+        """
+        if self.engine == "torch":
+            y = (x.double() * self.scale.double() + self.shift.double()).float() + shortcut
+            return torch.where(y > 0, y, y * slope)
+        out = torch.empty(x.shape)
+        kernels.rectify(
+            x.numpy(),
+            shortcut.numpy(),
+            self.scale.numpy(),
+            self.shift.numpy(),
+            slope.numpy(),
+            out=out.numpy(),
+            threads=torch.get_num_threads(),
+        )
+        return out
+
+
+class Numbers(nn.Module):
+    """Numbers that are stored as they are, float32: the buffers that it is given, by name."""
+
+    weight: Tensor
+    bias: Tensor
+    offset: Tensor
+    slope: Tensor
+
+    def __init__(self, **numbers: Tensor):
+        super().__init__()
+        for name, value in numbers.items():
+            self.register_buffer(name, value.detach().clone())
+        self.masks: dict[str, Tensor] = {}
 
 
 def _affine(
@@ -245,15 +280,13 @@ def _affine(
     shortcut: Tensor | None,
     scale: Tensor,
     shift: Tensor,
-    after: bool,
     clamp: bool,
     engine: str,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     if engine == "torch":
-        y = x.float() if shortcut is None or after else x.float() + shortcut
+        y = x.float() if shortcut is None else x.float() + shortcut
         y = (y.double() * scale.double() + shift.double()).float()
-        y = y if shortcut is None or not after else y + shortcut
         y = functional.hardtanh(y) if clamp else y
         return y, _pack(y >= 0)
     none = torch.empty((0, 1, 1, 1))
@@ -264,7 +297,6 @@ def _affine(
         (none if shortcut is None else shortcut).numpy(),
         scale.numpy(),
         shift.numpy(),
-        after=after,
         clamp=clamp,
         values=values.numpy(),
         out=_array(out),
@@ -299,7 +331,9 @@ class PackedModel(nn.Module):
     # the caches, but at least so many that the calls themselves do not show.
     images, numbers = 16, 3 << 16
 
-    def __init__(self, model: BinarizedVGG | BinarizedResNet, engine: str, stages: list[tuple[str, ...]]):
+    def __init__(
+        self, model: BinarizedVGG | BinarizedResNet | BiRealResNet, engine: str, stages: list[tuple[str, ...]]
+    ):
         super().__init__()
         self.name, self.config = model.name, dict(model.config)
         self.engine, self.stages = engine, stages
@@ -382,8 +416,9 @@ class PackedModel(nn.Module):
     def _count(self, stage: int, images: int, positions: int) -> int:
         """Return how many chunks a stage takes images in, from the size of the map that it reads."""
         modules = (module for name in self.stages[stage] for module in self.get_submodule(name).modules())
-        first = next(module for module in modules if isinstance(module, PackedLayer))
-        numbers = first.channels * positions // first.stride**2
+        first = next(own for own in modules if isinstance(own, PackedLayer | Numbers) and hasattr(own, "weight"))
+        channels, stride = (first.channels, first.stride) if isinstance(first, PackedLayer) else (len(first.weight), 1)
+        numbers = channels * positions // stride**2
         return max(1, -(-images // max(self.images, self.numbers // max(1, numbers))))
 
     def _checked(self, stage: int) -> int:
@@ -476,6 +511,14 @@ class PackedVGG(PackedModel):
         return (norm.bits(layer.image(x)),)
 
 
+def _of_channels(images: int) -> torch.memory_format:
+    """Return the layout in which torch computes with maps that come from images of so many channels.
+
+    Sums round in the order of memory, which is that of the image layer; one channel is laid out either way.
+    """
+    return torch.contiguous_format if images == 1 else torch.channels_last
+
+
 class PackedBlock(nn.Module):
     """`BasicBlock`, packed: the shortcut stays in floats, the convolution inside becomes bits by a threshold."""
 
@@ -488,7 +531,7 @@ class PackedBlock(nn.Module):
         if block.downsample is not None:
             convolution, norm = block.downsample.children()
             self.downsample = nn.ModuleList([PackedLayer(convolution), Affine(norm)])
-        self.shortcut, self.normalized, self.clamp = block.shortcut, block.normalized, block.tanh2 is not None
+        self.shortcut, self.clamp = block.shortcut, block.tanh2 is not None
 
     @property
     def reads_values(self) -> bool:
@@ -504,7 +547,7 @@ class PackedBlock(nn.Module):
         shortcut = x if self.shortcut else None
         if self.bn2 is None:
             return (dots.float() if shortcut is None else dots + shortcut), words
-        return self.bn2(dots, shortcut, clamp=self.clamp, after=self.normalized)
+        return self.bn2(dots, shortcut, clamp=self.clamp)
 
 
 class PackedResNet(PackedModel):
@@ -550,11 +593,89 @@ class PackedResNet(PackedModel):
         else:
             values, words = blocks[stage - 1](*state)
         if stage == len(blocks):
-            # Sums round in the order of memory, which is that of the image layer; one channel is laid out either way.
-            layout = torch.contiguous_format if self.conv1.inputs == 1 else torch.channels_last
+            layout = _of_channels(self.conv1.inputs)
             return (values.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3)),)
         # What the next block does not read would only take memory where states are kept.
         return values if blocks[stage].reads_values else values.new_empty(0), words
+
+
+class PackedUnit(nn.Module):
+    """`BiRealUnit`, packed: the stream and all that is added to it stay in floats, the convolution reads bits."""
+
+    def __init__(self, unit: BiRealUnit):
+        super().__init__()
+        self.shift = Numbers(offset=unit.shift.shift)
+        self.conv = PackedLayer(unit.conv)
+        self.bn = Affine(unit.bn)
+        self.act = Numbers(slope=unit.act.weight)
+
+    def signs(self, x: Tensor) -> Tensor:
+        """Return the signs of x + offset as words."""
+        if self.conv.engine == "torch":
+            return _pack(x + self.shift.offset >= 0)
+        out = torch.empty((*x.shape[:3], _words(x.shape[3])), dtype=torch.int64)
+        kernels.shifted_bits(x.numpy(), self.shift.offset.numpy(), out=_array(out), threads=torch.get_num_threads())
+        return out
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Return what is added to the normalized convolution."""
+        if self.conv.stride == 1:
+            return x
+        with _one_torch_thread():
+            pooled = functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        return pooled.repeat(1, 1, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the stream after the unit, float32 (images, height', width', channels), from that before it."""
+        return self.bn.rectified(self.conv(self.signs(x)), self.shortcut(x), self.act.slope)
+
+
+class PackedBiReal(PackedModel):
+    """`BiRealResNet`, packed: bits in the convolutions, floats in the stream, the image layer and the last one.
+
+    A stage is the image layer, a unit (the last one with the mean over its map), or the last layer.
+    """
+
+    conv1: Numbers
+    bn1: Affine
+    layer1: nn.ModuleList
+    layer2: nn.ModuleList
+    layer3: nn.ModuleList
+    fc: Numbers
+
+    def __init__(self, model: BiRealResNet, engine: str):
+        layers = ("layer1", "layer2", "layer3")
+        units = [(f"{layer}.{index}",) for layer in layers for index in range(len(getattr(model, layer)))]
+        super().__init__(model, engine, [("conv1", "bn1"), *units, ("fc",)])
+        self._pack(model, [0])
+        for layer in layers:  # after the image layer in memory, as in the float network
+            self.add_module(layer, nn.ModuleList())
+        self._pack(model, range(1, len(self.stages)))
+
+    def _packed(self, model: Any, stage: int) -> dict[str, nn.Module]:
+        if stage == 0:
+            return {"conv1": Numbers(weight=model.conv1.weight), "bn1": Affine(model.bn1)}
+        if stage == len(self.stages) - 1:
+            return {"fc": Numbers(weight=model.fc.weight, bias=model.fc.bias)}
+        (name,) = self.stages[stage]
+        return {name: PackedUnit(model.get_submodule(name))}
+
+    def _step(self, stage: int, state: State) -> State:
+        (x,) = state
+        if stage == 0:
+            with _one_torch_thread():
+                x = functional.conv2d(x.contiguous(memory_format=torch.channels_last), self.conv1.weight, padding=1)
+            return (self.bn1(x.permute(0, 2, 3, 1).contiguous())[0],)
+        if stage == len(self.stages) - 1:
+            # In double precision and row by row: the result is the same in whatever batches images come.
+            products = x[:, None].double() * self.fc.weight.double()
+            return ((products.sum(2) + self.fc.bias.double()).float(),)
+        unit: Any = self.get_submodule(self.stages[stage][0])
+        x = unit(x)
+        if stage == len(self.stages) - 2:
+            layout = _of_channels(self.conv1.weight.shape[1])
+            return (x.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3)),)
+        return (x,)
 
 
 @lru_cache(maxsize=8)
@@ -564,7 +685,11 @@ def _as_built(name: str, *config: tuple[str, Any]) -> str:
         return str(build(name, **dict(config)))
 
 
-_KINDS: dict[type[nn.Module], Any] = {BinarizedVGG: PackedVGG, BinarizedResNet: PackedResNet}
+_KINDS: dict[type[nn.Module], Any] = {
+    BinarizedVGG: PackedVGG,
+    BinarizedResNet: PackedResNet,
+    BiRealResNet: PackedBiReal,
+}
 
 
 def _check(model: nn.Module) -> None:
@@ -585,9 +710,9 @@ def pack(model: nn.Module, engine: str = ENGINES[0]) -> PackedModel:
     """Return the deployed form of a trained VGG or ResNet; the integers of its layers are the float network's.
 
     BatchNorm and sign become one integer threshold and a direction per channel where only the sign goes on (hidden
-    layers of the VGG, the convolution inside a block of the ResNet). They stay a scale and a shift in floats after the
-    image layer, along the ResNet's shortcuts, and after the last layer. Numbers of a damaged network, NaN and infinity
-    too, are taken as they are. The packed network holds copies; it does not follow later changes of `model`.
+    layers of the VGG, the convolution inside a block of the published ResNet). They stay a scale and a shift in floats
+    after the image layer, along a ResNet's shortcuts, and after the last layer. Numbers of a damaged network, NaN and
+    infinity too, are taken as they are. The packed network holds copies; it does not follow later changes of `model`.
 
     Args:
         model: a network of `bnn_utils.models`, float32, on the CPU.
@@ -595,7 +720,7 @@ def pack(model: nn.Module, engine: str = ENGINES[0]) -> PackedModel:
 
     Returns:
         A module from float32 images (batch, channels, height, width) to logits (batch, classes), whose buffers are
-        what a device stores; see `PackedLayer` and `Affine`.
+        what a device stores; see `PackedLayer`, `Affine` and `Numbers`.
 
     Raises:
         TypeError: another kind of network, one whose layers were replaced by others, or one that is not float32 on

@@ -17,6 +17,7 @@ from bnn_utils.campaign import aggregate, intervals, median_interval
 COLORS = {
     "vgg_cifar10_binary": "#0072B2",
     "resnet_binary": "#E69F00",
+    "resnet_bireal": "#009E73",
     "without shortcuts": "#009E73",
     "branch normalized": "#882255",
     "normalized, no shortcuts": "#56B4E9",
@@ -39,6 +40,7 @@ LARGEST_LOSS = 1e39  # beyond any 32-bit float
 LABELS = {
     "vgg_cifar10_binary": "VGG",
     "resnet_binary": "ResNet",
+    "resnet_bireal": "Bi-Real ResNet",
     "none": "damaged",
     "clip": "damaged, then clipped",
     "range": "range check",

@@ -202,9 +202,7 @@ def test_train_from_a_float_teacher(tmp_path, capsys):
     assert facts["recipe"] == vars(recipe) and facts["teacher"] == "best.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("word", "meant"), [("published", True), ("normalized", "normalized"), ("none", False), (None, True)]
-)
+@pytest.mark.parametrize(("word", "meant"), [("published", True), ("none", False), (None, True)])
 def test_train_with_shortcuts_of_each_kind(tmp_path, capsys, word, meant):
     arguments = ["train", "--model", "resnet_binary", "--dataset", "digits", "--width", 0.02, "--epochs", 1]
     options = ["--batch-size", 512, "--results-dir", tmp_path, "--save", "run", *(["--shortcut", word] if word else [])]
@@ -645,7 +643,7 @@ BAD = [
     bad(f"{IMAGES} halved", "halved/train/a/2.png"),
     bad(f"{IMAGES} oblong", "16x8"),
     bad(f"{IMAGES} odd", "input_size"),
-    bad(f"{DIGITS} --shortcut normalized", "--shortcut is of resnet_binary, vgg_cifar10_binary has none"),
+    bad(f"{DIGITS} --shortcut none", "--shortcut is of resnet_binary, vgg_cifar10_binary has none"),
     bad(f"{DIGITS} --shortcut long", "long"),
     bad(f"{DIGITS} --epochs 1 --save run", "results/run"),
     bad(f"{DIGITS} --epochs 1 --results-dir . --save a-file", "a-file"),

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import nn
 
-from bnn_utils.layers import BinarizeConv2d, BinarizeLinear, binarize, binarized_weights, clamp_latent_weights
+from bnn_utils.layers import (
+    BinarizeConv2d,
+    BinarizeLinear,
+    PReLU,
+    Shift,
+    binarize,
+    binarized_weights,
+    clamp_latent_weights,
+)
 
 FLOATS = st.floats(width=16)  # infinities and NaN among them; exact in each of the three dtypes
 DTYPES = (torch.float16, torch.float32, torch.float64)
@@ -73,6 +81,40 @@ def test_gradient_is_the_definition(values, incoming):
     x = torch.tensor(values, requires_grad=True)
     (binarize(x) * incoming).sum().backward()
     assert x.grad.tolist() == [incoming if abs(value) <= 1 else 0 for value in values]
+
+
+def test_polynomial_gradient_is_its_formula():
+    x = torch.tensor([-math.inf, -2, -1, -0.75, -0.25, -0.0, 0, 0.5, 1, 3, math.inf, math.nan], requires_grad=True)
+    y = binarize(x, gradient="polynomial")
+    assert torch.equal(y, binarize(x))
+    y.backward(torch.full_like(x, 2.0))
+    expected = torch.tensor([0, 0, 0, 1, 3, 4, 4, 2, 0, 0, 0], dtype=torch.float32)
+    assert torch.equal(x.grad[:-1], expected)
+
+
+def test_an_unknown_gradient_is_refused():
+    with pytest.raises(ValueError, match="unknown gradient 'cubic', expected one of straight-through, polynomial"):
+        binarize(torch.zeros(1), gradient="cubic")
+
+
+def test_the_gradient_of_a_convolution_is_chosen():
+    x = torch.full((1, 1, 1, 1), 0.75, requires_grad=True)
+    for gradient, slope in (("straight-through", 1), ("polynomial", 0.5)):
+        layer = BinarizeConv2d(1, 1, 1, bias=False, gradient=gradient)
+        (grad,) = torch.autograd.grad(layer(x), x)
+        assert grad.item() == slope * binarize(layer.weight).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shift_and_prelu_by_definition_in_the_dtype_of_their_input(dtype):
+    x = torch.tensor([-2.0, -0.5, 0, 0.5, 2]).view(1, 1, 1, 5).repeat(1, 2, 1, 1).to(dtype)
+    shift, prelu = Shift(2), PReLU(2)
+    with torch.no_grad():
+        shift.shift.copy_(torch.tensor([0.5, -1]))
+        prelu.weight.copy_(torch.tensor([0.5, -2]))
+    assert shift(x).dtype == prelu(x).dtype == dtype
+    assert shift(x).flatten().tolist() == [-1.5, 0, 0.5, 1, 2.5, -3, -1.5, -1, -0.5, 1]
+    assert prelu(x).flatten().tolist() == [-1, -0.25, 0, 0.5, 2, 4, 1, 0, 0.5, 2]
 
 
 @pytest.mark.parametrize("value", [-0.999, -0.5, 0.0, 0.3, 0.9])

@@ -1,4 +1,4 @@
-"""The two networks: names, sizes and values against lists and computations written out here."""
+"""The networks: names, sizes and values against lists and computations written out here."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from bnn_utils.layers import binarized_weights
-from bnn_utils.models import build, resnet_binary, summary, vgg_cifar10_binary
+from bnn_utils.models import build, resnet_binary, resnet_bireal, summary, vgg_cifar10_binary
 
 BATCHNORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 STATISTICS = BATCHNORM[2:]
@@ -35,7 +35,7 @@ RESNET_KEYS = keys(
     + [(f"layer{stage}.0.downsample.1", BATCHNORM) for stage in (2, 3)]
 )
 SMALL = dict(num_classes=7, width=0.05, in_channels=2, input_size=16)
-every_network = pytest.mark.parametrize("make", [vgg_cifar10_binary, resnet_binary])
+every_network = pytest.mark.parametrize("make", [vgg_cifar10_binary, resnet_binary, resnet_bireal])
 
 
 def randomized(model, seed=0):
@@ -214,9 +214,9 @@ def test_wrong_sizes(make, wrong):
 def test_other_wrong_arguments():
     with pytest.raises(ValueError, match="depth must be at least 8, got 7"):
         resnet_binary(depth=7)
-    with pytest.raises(ValueError, match="shortcut must be True, False or 'normalized', got 'wide'"):
+    with pytest.raises(ValueError, match="shortcut must be True or False, got 'wide'"):
         resnet_binary(shortcut="wide")
-    with pytest.raises(ValueError, match=r"unknown model 'vgg'.*vgg_cifar10_binary, resnet_binary"):
+    with pytest.raises(ValueError, match=r"unknown model 'vgg'.*vgg_cifar10_binary, resnet_binary, resnet_bireal"):
         build("vgg")
 
 
@@ -260,14 +260,45 @@ def resnet_oracle(state, x, shortcut=True, sign=sign):
         if shortcut and stride == 2:
             x = functional.conv2d(sign(x), sign(state[f"{block}.downsample.0.weight"]), stride=2)
             x = batchnorm(x, state, f"{block}.downsample.1")
-        if shortcut == "normalized":
-            x = batchnorm(out, state, f"{block}.bn2") + x
-        else:
-            x = out + x if shortcut else out
-            x = x if block == RESNET_BLOCKS[-1] else batchnorm(x, state, f"{block}.bn2")
+        x = out + x if shortcut else out
+        x = x if block == RESNET_BLOCKS[-1] else batchnorm(x, state, f"{block}.bn2")
         x = x if block == RESNET_BLOCKS[-1] else x.clamp(-1, 1)
     x = batchnorm(x.mean((2, 3)), state, "bn2").clamp(-1, 1)
     return batchnorm(sign(x) @ sign(state["fc.weight"]).T + state["fc.bias"], state, "bn3")
+
+
+def bireal_oracle(state, x, sign=sign):
+    x = batchnorm(functional.conv2d(x, state["conv1.weight"], padding=1), state, "bn1")
+    for unit in [f"layer{stage}.{index}" for stage in (1, 2, 3) for index in range(4)]:
+        stride = 2 if unit in ("layer2.0", "layer3.0") else 1
+        out = sign(x + state[f"{unit}.shift.shift"].view(-1, 1, 1))
+        out = functional.conv2d(out, sign(state[f"{unit}.conv.weight"]), stride=stride, padding=1)
+        if stride == 2:
+            x = (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
+            x = torch.cat([x, x], 1)
+        x = batchnorm(out, state, f"{unit}.bn") + x
+        x = x.clamp(min=0) + state[f"{unit}.act.weight"].view(-1, 1, 1) * x.clamp(max=0)
+    return x.mean((2, 3)) @ state["fc.weight"].T + state["fc.bias"]
+
+
+def test_bireal_counts_by_hand():
+    table = summary(resnet_bireal(width=0.5))
+    units = [(40, 40)] * 4 + [(40, 80)] + [(80, 80)] * 3 + [(80, 160)] + [(160, 160)] * 3
+    assert table["binary_weights"].sum() == sum(9 * before * after for before, after in units)
+    # The image layer, its BatchNorm, thresholds, BatchNorm and slopes of the units, the last layer.
+    floats = 27 * 40 + 2 * 40 + sum(before + 3 * after for before, after in units) + 161 * 10
+    assert table["floats"].sum() == floats
+    assert table["statistics"].sum() == 2 * 40 + sum(2 * after for _, after in units)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_bireal_forward(seed, binary):
+    model = randomized(resnet_bireal(**SMALL, binary=binary), seed)
+    x = image(model)
+    expected = bireal_oracle(model.state_dict(), x, sign if binary else lambda values: values)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -278,7 +309,7 @@ def test_vgg_forward(seed):
         torch.testing.assert_close(model(x), vgg_oracle(model.state_dict(), x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("shortcut", [True, False, "normalized"])
+@pytest.mark.parametrize("shortcut", [True, False])
 @pytest.mark.parametrize("seed", range(3))
 def test_resnet_forward(seed, shortcut):
     model = randomized(resnet_binary(**SMALL, shortcut=shortcut), seed)
@@ -316,7 +347,7 @@ def test_float_vgg_is_the_sequential_of_torchs_layers():
         assert torch.equal(model.eval()(x), twin.eval()(x))
 
 
-@pytest.mark.parametrize("shortcut", [True, False, "normalized"])
+@pytest.mark.parametrize("shortcut", [True, False])
 def test_float_resnet_forward(shortcut):
     model = randomized(resnet_binary(**SMALL, shortcut=shortcut, binary=False))
     x = image(model)
@@ -352,7 +383,7 @@ def test_summary_of_the_float_form(make):
     assert set(floats["type"]) == {name.removeprefix("Binarize") for name in binarized["type"]}
 
 
-@every_network
+@pytest.mark.parametrize("make", [vgg_cifar10_binary, resnet_binary])
 def test_only_the_first_layer_sees_real_inputs(make):
     model = make(**SMALL).eval()
     seen = {}

@@ -22,8 +22,8 @@ from torch.nn import functional
 from bnn_utils import packed as packed_module
 from bnn_utils.bits import pack_signs, unpack_signs
 from bnn_utils.faults import KINDS, PARAMETERS, inject, stored_tensors
-from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, binarize
-from bnn_utils.models import BinarizedVGG, resnet_binary, vgg_cifar10_binary
+from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, PReLU, Shift, binarize
+from bnn_utils.models import BinarizedVGG, resnet_binary, resnet_bireal, vgg_cifar10_binary
 from bnn_utils.packed import ENGINES, Affine, PackedLayer, PackedModel, deployed, pack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +57,11 @@ def randomized(model, seed):
                     kept = torch.rand(module.weight.shape, generator=g) > 0.15  # the others are scaled by zero
                     module.weight.normal_(generator=g).mul_(kept)
                     module.bias.normal_(generator=g)
+            elif isinstance(module, nn.Conv2d):
+                module.weight.copy_(torch.randint(-16, 17, module.weight.shape, generator=g) / 16)
+            elif isinstance(module, Shift | PReLU | nn.Linear):
+                for parameter in module.parameters():
+                    parameter.normal_(generator=g)
     return model.eval()
 
 
@@ -67,6 +72,11 @@ def vgg(seed=0, **config):
 def resnet(seed=0, **config):
     config = {"width": 0.05, "depth": 8, "in_channels": 1, "input_size": 8, **config}
     return randomized(resnet_binary(**config), seed)
+
+
+def bireal(seed=0, **config):
+    config = {"width": 0.05, "depth": 8, "in_channels": 1, "input_size": 8, **config}
+    return randomized(resnet_bireal(**config), seed)
 
 
 def images_for(model, count, seed=0):
@@ -143,8 +153,10 @@ NETWORKS = {
     "resnet-8 plain": lambda: resnet(6, width=0.22, input_size=12, num_classes=4, shortcut=False),
     "resnet-14 12": lambda: resnet(7, width=0.3, depth=14, in_channels=3, input_size=12, num_classes=12),
     "resnet-18 plain": lambda: resnet(8, width=0.1, depth=18, in_channels=3, input_size=20, shortcut=False),
-    "resnet-14 normalized": lambda: resnet(10, width=0.2, depth=14, input_size=12, shortcut="normalized"),
     "resnet-20 28": lambda: resnet(9, width=0.04, depth=20, input_size=28, num_classes=3),
+    "bireal-8 8": lambda: bireal(10, width=0.9, in_channels=3, num_classes=2),
+    "bireal-14 12": lambda: bireal(11, width=0.3, depth=14, input_size=12, num_classes=7),
+    "bireal-18 28": lambda: bireal(12, width=0.06, depth=18, in_channels=3, input_size=28),
 }
 
 
@@ -221,7 +233,7 @@ def test_the_mean_of_a_map_is_the_float_networks_to_the_last_bit(engine):
 
 
 @engines
-@pytest.mark.parametrize("build", [vgg, resnet])
+@pytest.mark.parametrize("build", [vgg, resnet, bireal])
 def test_ordinary_floats_give_the_same_predictions(build, engine):
     for seed in range(6):
         model = build(20 + seed, in_channels=3, width=0.1)
@@ -236,7 +248,7 @@ def test_ordinary_floats_give_the_same_predictions(build, engine):
 
 
 @engines
-@pytest.mark.parametrize("build", [vgg, resnet])
+@pytest.mark.parametrize("build", [vgg, resnet, bireal])
 def test_batches_of_any_size_and_memory_format(build, engine):
     model = build(30, in_channels=3)
     packed = pack(model, engine)
@@ -457,7 +469,7 @@ def test_max_pooling_comes_before_a_threshold_of_either_direction(height, width,
 # ---------------------------------------------------------------- scale and shift
 
 
-def affine_by_definition(norm, x, shortcut, clamp, after=False):
+def affine_by_definition(norm, x, shortcut, clamp):
     """Compute BatchNorm as scale and shift, each rounded to float32, and one rounding of x * scale + shift."""
     with np.errstate(all="ignore"):
         weight, bias, mean, variance = (
@@ -466,15 +478,14 @@ def affine_by_definition(norm, x, shortcut, clamp, after=False):
         scale = np.float32(1) / np.sqrt(variance + np.float32(norm.eps)) * weight
         shift = (bias.astype(np.float64) - mean.astype(np.float64) * scale).astype(np.float32)
         y = x.numpy().astype(np.float32)
-        y = y if shortcut is None or after else y + shortcut.numpy()
+        y = y if shortcut is None else y + shortcut.numpy()
         y = (y.astype(np.float64) * scale + shift).astype(np.float32)
-        y = y + shortcut.numpy() if after else y
         return np.clip(y, -1, 1) if clamp else y
 
 
 @engines
 @pytest.mark.parametrize("clamp", [False, True])
-@pytest.mark.parametrize("added", ["not", "before", "after"])
+@pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
 def test_affine_is_batchnorm(dtype, added, clamp, engine):
     g, channels = seeded(5), 67
@@ -486,18 +497,17 @@ def test_affine_is_batchnorm(dtype, added, clamp, engine):
         running_var=torch.rand(channels, generator=g) * 100,
     )
     x = torch.randint(-30, 31, (3, 5, 4, channels), generator=g).to(dtype)
-    shortcut, after = None if added == "not" else torch.randn(x.shape, generator=g), added == "after"
+    shortcut = torch.randn(x.shape, generator=g) if added else None
     affine = on(engine, Affine(norm))
-    values, words = affine(x, shortcut, clamp, after)
-    definition = affine_by_definition(norm, x, shortcut, clamp, after)
+    values, words = affine(x, shortcut, clamp)
+    definition = affine_by_definition(norm, x, shortcut, clamp)
     np.testing.assert_allclose(values.numpy(), definition, rtol=1e-6, atol=1e-30)
     assert torch.equal(words, words_of(values.permute(0, 3, 1, 2)))
     with torch.no_grad():
-        summed = (x + shortcut if added == "before" else x).float()
+        summed = (x + shortcut if added else x).float()
         expected = norm(summed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        expected = expected + shortcut if after else expected
     torch.testing.assert_close(values, expected.clamp(-1, 1) if clamp else expected, rtol=1e-5, atol=1e-5)
-    if added == "not":
+    if not added:
         assert torch.equal(affine.bits(x), words)
 
 
@@ -518,11 +528,11 @@ def test_affine_of_numbers_that_are_not_ordinary(clamp, engine):
 
 
 @engines
-@pytest.mark.parametrize("build", [vgg, resnet])
+@pytest.mark.parametrize("build", [vgg, resnet, bireal])
 def test_a_damaged_network_predicts_the_same_packed(build, engine):
     nans = specials = 0
     for seed, targets in itertools.product(range(12), (PARAMETERS, KINDS)):
-        shortcut = (False, True, "normalized")[seed % 3]
+        shortcut = seed % 2 == 0
         model = build(40 + seed, shortcut=shortcut) if build is resnet else build(40 + seed)
         x = images_for(model, 6)
         with inject(model, 1e-2, seed=seed, targets=targets), torch.no_grad():
@@ -537,7 +547,7 @@ def test_a_damaged_network_predicts_the_same_packed(build, engine):
 
 
 @engines
-@pytest.mark.parametrize("build", [vgg, resnet])
+@pytest.mark.parametrize("build", [vgg, resnet, bireal])
 def test_numbers_of_any_size_predict_the_same_packed(build, engine):
     specials = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 3e38, -3e38, 1e-45])
     for seed in range(6):
@@ -636,7 +646,7 @@ def test_flipping_every_bit_that_means_something_negates_what_is_computed(inputs
     assert torch.equal(signs_of(layer.bits(x), channels), -signs_of(bits, channels))
 
 
-@pytest.mark.parametrize("build", [vgg, resnet])
+@pytest.mark.parametrize("build", [vgg, resnet, bireal])
 def test_a_packed_network_holds_copies(build):
     model = build()
     packed = pack(model)
@@ -655,7 +665,7 @@ def test_a_packed_network_holds_copies(build):
 
 
 @engines
-@pytest.mark.parametrize("build", [vgg, resnet])
+@pytest.mark.parametrize("build", [vgg, resnet, bireal])
 def test_packed_networks_can_be_copied_pickled_and_loaded(build, engine):
     model = build(in_channels=3)
     packed = pack(model, engine)
@@ -777,7 +787,7 @@ def test_a_network_of_another_kind_is_refused():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("build", [vgg, resnet])
+@pytest.mark.parametrize("build", [vgg, resnet, bireal])
 def test_a_float_network_is_refused(build):
     network = build(binary=False)
     with pytest.raises(TypeError, match=f"only binarized networks can be packed, got the float form of {network.name}"):
@@ -803,7 +813,7 @@ def test_an_unknown_engine_is_refused():
 
 
 @engines
-@pytest.mark.parametrize("build", [vgg, resnet])
+@pytest.mark.parametrize("build", [vgg, resnet, bireal])
 def test_images_of_another_kind_are_refused(build, engine):
     packed = pack(build(), engine)
     x = dyadic(2, 1, 8, 8, seed=0)
@@ -841,7 +851,7 @@ STAGED = {
     "resnet": resnet,
     "resnet of larger images": lambda: resnet(1, in_channels=3, input_size=16, width=0.2, depth=14),
     "resnet without shortcuts": lambda: resnet(2, shortcut=False),
-    "resnet with normalized shortcuts": lambda: resnet(4, shortcut="normalized"),
+    "bireal": lambda: bireal(4, depth=14),
 }
 staged = pytest.mark.parametrize("name", STAGED)
 
@@ -982,7 +992,7 @@ def test_stages_and_networks_that_do_not_fit_are_refused():
 # ---------------------------------------------------------------- engines, threads, processes
 
 
-@pytest.mark.parametrize("build", [vgg, resnet])
+@pytest.mark.parametrize("build", [vgg, resnet, bireal])
 def test_engines_agree(build):
     model = build(70, in_channels=3, width=0.1)
     x = torch.randn(9, 3, 8, 8, generator=seeded(0))

@@ -104,10 +104,10 @@ def test_readme_sections_are_up_to_date(file, section, made):
 
 def test_a_card_names_every_setting_that_is_not_the_default():
     recipe = dict(epochs=4, batch_size=256, lr=1e-3, compile=True, damage_rate=0.04)
-    config = dict(width=0.5, shortcut="normalized")
+    config = dict(width=0.5, shortcut=False)
     facts = dict(network="resnet_binary", config=config, recipe=recipe, start="best.safetensors")
     line = networks.command(facts, "resnet_cifar10_errors")
-    for words in ("--width 0.5 --shortcut normalized --epochs 4 --lr 0.001", "--damage-train-rate 0.04", " --compile "):
+    for words in ("--width 0.5 --shortcut none --epochs 4 --lr 0.001", "--damage-train-rate 0.04", " --compile "):
         assert words in line
     assert line.endswith("--start results/resnet_cifar10/best.safetensors --save resnet_cifar10_errors")
     assert "--batch-size" not in line and "--seed" not in line

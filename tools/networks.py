@@ -76,8 +76,8 @@ def command(facts: dict[str, Any], name: str) -> str:
     """The command that trains a network of these facts: every setting that is not the default."""
     words = ["python -m bnn_utils train", f"--model {facts['network']}", "--dataset cifar10", "--data-path data"]
     words.append(f"--width {facts['config']['width']:g}")
-    if (shortcut := facts["config"].get("shortcut", True)) is not True:
-        words.append(f"--shortcut {shortcut or 'none'}")
+    if not facts["config"].get("shortcut", True):
+        words.append("--shortcut none")
     if not facts["config"].get("binary", True):
         words.append("--float")
     for field in fields(Recipe):
@@ -104,12 +104,11 @@ def card(folder: Path) -> str:
     limits = [*([NARROW_LIMIT.format(width=width)] if width < 1 else []), LIMITS]
     if "JPEG" in facts["dataset"]:
         limits.append(JPEG_LIMIT)
-    form = " with normalized shortcuts" if facts["config"].get("shortcut") == "normalized" else ""
     trained = f"{recipe['epochs']} epochs in {facts['seconds']:,.0f} seconds on {facts['device'].upper()}"
     return f"""\
 # {folder.name}
 
-{plotting.label(facts["network"])}{form} of {width:g} of the published width, one bit a weight. This page is made by
+{plotting.label(facts["network"])} of {width:g} of the published width, one bit a weight. This page is made by
 `python -m tools.networks` from `{checkpoints.NETWORK_FILE}`, which holds these facts too, and `history.csv`.
 
 | | |
@@ -206,7 +205,7 @@ def guarded(root: Path) -> str:
     return "\n".join(
         [
             "**All networks, packed and repaired**, on the same images (trials in brackets); those named *errors* were "
-            "trained on for them, and *normalized* is a ResNet with other shortcuts than the published.",
+            "trained on for them.",
             "",
             f"| network | undamaged | repair | kbit | {' | '.join(f'p = {p:g}' for p in probabilities)} |",
             f"| --- | --- | --- | --- |{' --- |' * len(probabilities)}",
