@@ -1,4 +1,4 @@
-"""Multiply-accumulates a second of the packed convolution, and its share of what popcount alone could do."""
+"""Multiply-accumulates a second of the packed convolution, and its share of what counting bits alone could do."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,6 @@ from bnn_utils.bits import WORD
 # The hidden convolutions of the full VGG, 3x3 with a padding of 1: inputs, channels, height and width.
 LAYERS = ((384, 384, 32), (384, 768, 16), (768, 768, 16), (768, 1536, 8), (1536, 512, 8))
 KERNEL, PADDING = 3, 1
-LANES = kernels.LANES
 COLUMNS = [
     "layer",
     "inputs",
@@ -36,36 +35,65 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def register_loop(chains: int, adds: bool) -> Callable[[int], int]:
-    """Return a compiled loop that counts the bits of `chains` independent vectors, n times, without any memory.
+Turn = Callable[[Any, list[Any]], list[Any]]
 
-    Each turn replaces a vector x by popcount(x), or by x + popcount(x) if `adds`, so that no turn can be left out.
+
+def popcount(builder: Any, vector: Any) -> Any:
+    """Return how many bits of each word are 1, as LLVM does it for the processor."""
+    kind = ir.FunctionType(vector.type, [vector.type])
+    name = f"llvm.ctpop.v{vector.type.count}i64"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [vector])
+
+
+def count(builder: Any, registers: list[Any]) -> list[Any]:
+    """Replace each vector x by popcount(x)."""
+    return [popcount(builder, register) for register in registers]
+
+
+def count_and_add(builder: Any, registers: list[Any]) -> list[Any]:
+    """Replace each vector x by x + popcount(x)."""
+    return [builder.add(register, popcount(builder, register)) for register in registers]
+
+
+def carry_save(builder: Any, registers: list[Any]) -> list[Any]:
+    """Add eight vectors on to a total and three that are kept, of weights 1, 2 and 4, by adders as in the kernel.
+
+    Of the 12 vectors the last eight are added; then they are replaced by what the first four adders give.
+    """
+    total, *kept, bits = *registers[:4], registers[4:]
+    replaced = []
+    for level in range(3):
+        carries = []
+        for a, b in zip(bits[::2], bits[1::2], strict=True):
+            kept[level], high = kernels.add_bits(builder, kept[level], a, b, kernels.CARRY_SAVE.ternary)
+            carries.append(high)
+            replaced += [kept[level], high]
+        bits = carries
+    return [builder.add(total, popcount(builder, bits[0])), *kept, *replaced[:8]]
+
+
+def register_loop(turn: Turn, chains: int, vectors: int, lanes: int) -> Callable[[int], int]:
+    """Return a compiled loop that takes n turns in each of several independent chains, without any memory.
+
+    A turn replaces the `vectors` vectors of a chain, so that none can be left out; the loop returns the sum of the
+    first words of all.
     """
 
     @intrinsic
     def loop(context: Any, n: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            word = ir.IntType(64)
-            vector = ir.VectorType(word, LANES)
-            kind = ir.FunctionType(vector, [vector])
-            count = cgutils.get_or_insert_function(builder.module, kind, f"llvm.ctpop.v{LANES}i64")
-            before, body, done = builder.block, builder.append_basic_block("body"), builder.append_basic_block("done")
-            builder.branch(body)
-            builder.position_at_end(body)
-            turn, *registers = builder.phi(word), *(builder.phi(vector) for _ in range(chains))
-            counted = [builder.call(count, [register]) for register in registers]
-            if adds:
-                counted = [builder.add(*pair) for pair in zip(registers, counted, strict=True)]
-            after = builder.add(turn, word(1))
-            starts = [ir.Constant(vector, [97 * c + 13 * lane + 5 for lane in range(LANES)]) for c in range(chains)]
-            for phi, start, end in zip([turn, *registers], [word(0), *starts], [after, *counted], strict=True):
-                phi.add_incoming(start, before)
-                phi.add_incoming(end, body)
-            builder.cbranch(builder.icmp_signed("<", after, arguments[0]), body, done)
-            builder.position_at_end(done)
-            total = counted[0]
-            for other in counted[1:]:
-                total = builder.add(total, other)
+            vector = ir.VectorType(ir.IntType(64), lanes)
+            numbers = range(chains * vectors)
+            starts = [ir.Constant(vector, [97 * c + 13 * lane + 5 for lane in range(lanes)]) for c in numbers]
+            variables = [cgutils.alloca_once_value(builder, start) for start in starts]  # LLVM makes them registers
+            with cgutils.for_range(builder, arguments[0]):
+                for first in range(0, len(variables), vectors):
+                    chain = variables[first : first + vectors]
+                    for variable, value in zip(chain, turn(builder, [builder.load(v) for v in chain]), strict=True):
+                        builder.store(value, variable)
+            total = builder.load(variables[0])
+            for variable in variables[1:]:
+                total = builder.add(total, builder.load(variable))
             return builder.extract_element(total, ir.IntType(32)(0))
 
         return types.int64(types.int64), generate
@@ -77,15 +105,24 @@ def register_loop(chains: int, adds: bool) -> Callable[[int], int]:
 def limit_calls(threads: int, turns: int, pool: ThreadPoolExecutor) -> dict[str, tuple[Callable[[], Any], int]]:
     """Return the register loops by name, each as a call on all threads at once, and the bits that a call counts."""
     calls: dict[str, tuple[Callable[[], Any], int]] = {}
-    for name, chains, adds in (("count", 16, False), ("count and add", 12, True)):
-        loop = register_loop(chains, adds)
+    for name, (turn, chains, vectors, lanes, counted) in LOOPS.items():
+        loop = register_loop(turn, chains, vectors, lanes)
         loop(1)  # compiles
 
         def call(loop: Callable[[int], int] = loop) -> None:
             list(pool.map(loop, [turns] * threads))
 
-        calls[name] = call, threads * turns * chains * LANES * WORD
+        calls[name] = call, threads * turns * chains * counted * lanes * WORD
     return calls
+
+
+# By name: what a turn does, chains, vectors of a chain, words of a vector, vectors of a chain that a turn counts; as
+# many as registers hold.
+LOOPS: dict[str, tuple[Turn, int, int, int, int]] = {
+    "popcount": (count, 16, 1, 8, 1),
+    "popcount and add": (count_and_add, 12, 1, 8, 1),
+    "carry-save": (carry_save, 2 if kernels.CARRY_SAVE.ternary else 1, 12, kernels.CARRY_SAVE.lanes, 8),
+}
 
 
 def layer_call(inputs: int, channels: int, side: int, images: int, threads: int) -> tuple[Callable[[], Any], int]:
@@ -94,9 +131,9 @@ def layer_call(inputs: int, channels: int, side: int, images: int, threads: int)
     Taps of the padding count as work, as is usual for convolutions.
     """
     generator = np.random.default_rng(0)
-    words, panels = inputs // WORD, channels // kernels.TILE_FILTERS
+    words, panels = inputs // WORD, channels // kernels.PANEL
     x = generator.integers(0, 1 << 64, (images, side, side, words), np.uint64)
-    filters = generator.integers(0, 1 << 64, (panels, KERNEL**2 * words, kernels.TILE_FILTERS), np.uint64)
+    filters = generator.integers(0, 1 << 64, (panels, KERNEL**2 * words, kernels.PANEL), np.uint64)
     out = np.empty((images, side, side, channels), np.int32)
 
     def call() -> None:
@@ -148,7 +185,7 @@ def draw(table: pd.DataFrame) -> Figure:
     axis.bar_label(bars, [f"{share:.0%}" for share in table["share_of_limit"]], padding=2)
     axis.axhline(table["limit_per_second"][0] / 1e9, color="0.3", linestyle="--")
     axis.annotate(
-        "popcount in registers alone", (0, table["limit_per_second"][0] / 1e9), (0, 3), "data", "offset points"
+        "counting bits in registers alone", (0, table["limit_per_second"][0] / 1e9), (0, 3), "data", "offset points"
     )
     axis.set(xlabel="convolution of the full VGG (channels, map)", ylabel="10⁹ multiply-accumulates a second")
     axis.set_xticks(range(len(table)), [name.replace(", ", "\n") for name in table["layer"]])

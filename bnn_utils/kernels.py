@@ -9,20 +9,77 @@ Importing this module needs Numba; `bnn_utils.packed` has another way where it i
 
 from functools import lru_cache
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_process_triple
 from numba import njit, prange, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-LANES = 8  # words in a vector: the 512 bits of AVX-512; LLVM splits it where registers are shorter
-TILE_POSITIONS, TILE_FILTERS = 4, 4 * LANES  # what one tile computes, held in registers
 BLOCK = 32  # positions that a thread takes at a time
+PANEL = 32  # filters that lie side by side in memory
 _pool = Lock()  # not every pool of threads that Numba may find can be called from two Python threads at once
+
+
+class Tile(NamedTuple):
+    """How bits are counted: what one tile computes, and how.
+
+    Attributes:
+        positions, filters: what it computes, divisors of BLOCK and PANEL.
+        lanes: words of 64 bits in a vector.
+        levels: of carry-save adders; a popcount for every 2**levels words.
+        ternary: whether adders are made of AVX-512's three-input logic, which takes 8 lanes.
+    """
+
+    positions: int
+    filters: int
+    lanes: int
+    levels: int
+    ternary: bool
+
+
+def target_has(feature: str) -> bool:
+    """Return whether the processor that Numba compiles for has a feature, by LLVM's name.
+
+    It is the host, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name another; where these say nothing of a feature, it
+    counts as missing, which is safe.
+    """
+    chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    return f"+{feature}" in (get_host_cpu_features() if chosen is None else chosen).split(",")
+
+
+# Where few instructions count a vector's ones. AVX-512 VPOPCNTDQ: XOR, popcount and sum, 3 operations a vector of 8
+# words; the 16 sums stay in registers. ARM: the same 3 a vector of 2 words with SVE, 5 with NEON (XOR, CNT, pairwise
+# sums). The adders below would take 8 * 1 + 7 * 3 + 5 = 34 operations for 8 vectors of NEON, which selects bits in one
+# operation: 15% fewer, not measured, so not done.
+POPCOUNT = Tile(positions=4, filters=32, lanes=8, levels=0, ternary=False)
+
+# Elsewhere LLVM counts ones by looking up nibbles: with XOR and sum 9 operations a vector. Carry-save adders (a
+# Harley-Seal counter) turn eight vectors into one to look up. There are 7 adders of three bits a place, each 2
+# operations of three-input logic, or 5 of two-input logic. Four of them take in the XOR of activations and weights:
+# they are 3 operations each, or 7. So eight vectors take 4 * 3 + 3 * 2 + 8 = 26 operations on AVX-512, and
+# 4 * 7 + 3 * 5 + 8 = 51 on AVX2, where to look each up takes 72. A sum holds four registers, hence fewer sums; of the
+# sizes that fit into 32 registers of 512 bits, or 16 of 256, these were the fastest.
+# Source: Muła, Kurz and Lemire, Faster Population Counts Using AVX2 Instructions, The Computer Journal 61 (2018),
+# arXiv:1611.07612.
+THREE_INPUT = Tile(positions=4, filters=8, lanes=8, levels=3, ternary=True)
+TWO_INPUT = Tile(positions=2, filters=4, lanes=4, levels=3, ternary=False)
+CARRY_SAVE = THREE_INPUT if target_has("avx512f") else TWO_INPUT
+
+
+def best_tile() -> Tile:
+    """Return the faster tile on the processor that Numba compiles for; others than x86 can count a vector's ones."""
+    x86 = get_process_triple().startswith("x86_64")
+    return CARRY_SAVE if x86 and not target_has("avx512vpopcntdq") else POPCOUNT
+
+
+TILE = best_tile()  # POPCOUNT or CARRY_SAVE: what `dots` computes with, the same sums with either
+XOR, MAJORITY, CARRY = 0b10010110, 0b11101000, 0b01110100  # three-input logic: of a, b, c; CARRY is b ? not c : a
 
 
 def _call(builder: Any, name: str, *arguments: Any) -> Any:
@@ -63,84 +120,123 @@ def _word(context: Any, flags: Any) -> Any:
     return types.uint64(types.intp), generate
 
 
-@intrinsic
-def _tile(context: Any, starts: Any, jump: Any, lines: Any, length: Any, filters: Any, counts: Any, stride: Any) -> Any:
-    """Count differing bits of TILE_POSITIONS patches of activations with TILE_FILTERS filters, all sums in registers.
+def _ternary(builder: Any, table: int, a: Any, b: Any, c: Any) -> Any:
+    """Return AVX-512's three-input logic: bit 4 a + 2 b + c of `table`, for the bits of each place.
 
-    A patch is as many lines as the kernel has rows, each of `length` words, `jump` words after the one before:
-    counts[p, f] = sum over l, k of popcount(patch[p][l * jump + k] ^ filters[l * length + k, f]).
+    LLVM makes it from two-input logic too, but not of an adder's carry in one operation.
+    """
+    kind, number = a.type, ir.IntType(32)
+    function_type = ir.FunctionType(kind, [kind] * 3 + [number])
+    name = "llvm.x86.avx512.pternlog.q.512"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [a, b, c, number(table)])
 
-    Arguments are the addresses of TILE_POSITIONS addresses of patches, of uint64 filters (lines * length,
-    TILE_FILTERS) and of int32 counts (TILE_POSITIONS, stride); lines and length are positive. Written in LLVM's own
-    terms, since no loop in Python makes the compiler keep all sums in registers; LLVM turns ctpop into what the
-    processor has (VPOPCNTDQ, CNT, look-ups).
+
+def add_bits(builder: Any, kept: Any, a: Any, b: Any, ternary: bool) -> tuple[Any, Any]:
+    """Add three bits at every place; return the low bits of the sums, and the high bits, of twice the weight."""
+    if ternary:
+        return _ternary(builder, XOR, kept, a, b), _ternary(builder, MAJORITY, kept, a, b)
+    either = builder.xor(kept, a)
+    return builder.xor(either, b), builder.or_(builder.and_(kept, a), builder.and_(either, b))
+
+
+def _add_products(builder: Any, kept: Any, a: tuple[Any, Any], b: tuple[Any, Any], ternary: bool) -> tuple[Any, Any]:
+    """Add the bits `kept`, a[0] ^ a[1] and b[0] ^ b[1] likewise."""
+    if not ternary:
+        return add_bits(builder, kept, builder.xor(*a), builder.xor(*b), ternary)
+    first = _ternary(builder, XOR, kept, *a)
+    low = _ternary(builder, XOR, first, *b)
+    return low, _ternary(builder, CARRY, kept, first, low)
+
+
+def counter(tile: Tile) -> Any:
+    """Return the loop of a tile, for compiled functions: count differing bits of patches of activations with filters.
+
+    A patch is `rows` words, at the same offsets from where it starts:
+    counts[p, f] = sum over k of popcount(patch[p][offsets[k]] ^ filters[k, f]).
+
+    Arguments of the loop are the addresses of intp addresses of patches (positions,), of intp offsets in bytes (rows,),
+    the positive number of rows, and the addresses of uint64 filters (rows, PANEL) and of int32 counts
+    (positions, stride). Written in LLVM's own terms, since no loop in Python makes the compiler keep all sums in
+    registers; LLVM turns ctpop into what the processor has.
     """
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        starts, jump, lines, length, filters, counts, stride = arguments
-        word, lane = ir.IntType(64), ir.IntType(32)
-        vector, short = ir.VectorType(word, LANES), ir.VectorType(lane, LANES)
-        zeros, undefined = ir.Constant(vector, [0] * LANES), ir.Constant(vector, ir.Undefined)
-        first_lane = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
-        positions, vectors = range(TILE_POSITIONS), range(TILE_FILTERS // LANES)
+    @intrinsic
+    def count(context: Any, starts: Any, offsets: Any, rows: Any, filters: Any, counts: Any, stride: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            starts, offsets, rows, filters, counts, stride = arguments
+            word, lane = ir.IntType(64), ir.IntType(32)
+            vector, short = ir.VectorType(word, tile.lanes), ir.VectorType(lane, tile.lanes)
+            zeros, undefined = ir.Constant(vector, [0] * tile.lanes), ir.Constant(vector, ir.Undefined)
+            one, first_lane = ir.Constant(vector, [1] * tile.lanes), ir.Constant(short, [0] * tile.lanes)
+            positions, vectors = range(tile.positions), range(tile.filters // tile.lanes)
+            sums = range(len(positions) * len(vectors))
 
-        def address(start: Any, *offsets: tuple[Any, int]) -> Any:
-            for count, size in offsets:
-                start = builder.add(start, builder.mul(count, word(size)))
-            return start
+            def address(start: Any, *steps: tuple[Any, int]) -> Any:
+                for number, size in steps:
+                    start = builder.add(start, builder.mul(number, word(size)))
+                return start
 
-        def load(kind: Any, start: Any) -> Any:
-            return builder.load(builder.inttoptr(start, kind.as_pointer()), align=8)
+            def load(kind: Any, start: Any) -> Any:
+                return builder.load(builder.inttoptr(start, kind.as_pointer()), align=8)
 
-        def sums() -> list[Any]:
-            return [builder.phi(vector) for _ in positions for _ in vectors]
+            def variables() -> list[Any]:  # which LLVM puts into registers
+                return [cgutils.alloca_once_value(builder, zeros) for _ in sums]
 
-        patches = [load(word, address(starts, (word(p), 8))) for p in positions]
-        before, outer, inner, after, done = (
-            builder.block,
-            *(builder.append_basic_block(name) for name in ("line", "word", "next_line", "counted")),
-        )
-        builder.branch(outer)
+            def pairs(k: Any) -> list[tuple[Any, Any]]:
+                """Load word k: for each sum its activation, in all lanes, and its filters' weights."""
+                weights = [load(vector, address(filters, (k, 8 * PANEL), (word(v), 8 * tile.lanes))) for v in vectors]
+                offset = load(word, address(offsets, (k, 8)))
+                single = [load(word, builder.add(patch, offset)) for patch in patches]
+                vectors_of_one = [builder.insert_element(undefined, x, lane(0)) for x in single]
+                spread = [builder.shuffle_vector(x, undefined, first_lane) for x in vectors_of_one]
+                return [(x, w) for x in spread for w in weights]
 
-        builder.position_at_end(outer)
-        line, outer_sums = builder.phi(word), sums()
-        skipped = builder.mul(line, jump)
-        column = address(filters, (builder.mul(line, length), 8 * TILE_FILTERS))
-        builder.branch(inner)
+            def carries(level: int, k: Any) -> list[Any]:
+                """Add 2**level words from word k on to what is kept; return the bits of that weight that come out."""
+                if level == 0:
+                    return [builder.xor(*pair) for pair in pairs(k)]
+                halves = (k, builder.add(k, word(1 << level - 1)))
+                add = _add_products if level == 1 else add_bits
+                inputs = [pairs(start) if level == 1 else carries(level - 1, start) for start in halves]
+                out = []
+                for variable, a, b in zip(kept[level - 1], *inputs):
+                    low, high = add(builder, builder.load(variable), a, b, tile.ternary)
+                    builder.store(low, variable)
+                    out.append(high)
+                return out
 
-        builder.position_at_end(inner)
-        k, inner_sums = builder.phi(word), sums()
-        weights = [load(vector, address(column, (k, 8 * TILE_FILTERS), (word(v), 8 * LANES))) for v in vectors]
-        added: list[Any] = []
-        for p in positions:
-            activation = load(word, address(patches[p], (skipped, 8), (k, 8)))
-            spread = builder.insert_element(undefined, activation, lane(0))
-            spread = builder.shuffle_vector(spread, undefined, first_lane)
-            for v in vectors:
-                differing = _call(builder, f"llvm.ctpop.v{LANES}i64", builder.xor(weights[v], spread))
-                added.append(builder.add(inner_sums[len(added)], differing))
-        next_k = builder.add(k, word(1))
-        builder.cbranch(builder.icmp_signed("<", next_k, length), inner, after)
+            def add_popcounts(bits: list[Any], times: Any) -> None:
+                for total, b in zip(totals, bits):
+                    ones = _call(builder, f"llvm.ctpop.v{tile.lanes}i64", b)
+                    builder.store(builder.add(builder.shl(builder.load(total), times), ones), total)
 
-        builder.position_at_end(after)
-        next_line = builder.add(line, word(1))
-        builder.cbranch(builder.icmp_signed("<", next_line, lines), outer, done)
+            patches = [load(word, address(starts, (word(p), 8))) for p in positions]
+            totals, kept = variables(), [variables() for _ in range(tile.levels)]
+            # Words that make no full group come first: what is kept of each weight is still zero, and becomes theirs.
+            for level in range(tile.levels):
+                with builder.if_then(builder.trunc(builder.lshr(rows, word(level)), ir.IntType(1))):
+                    for variable, bits in zip(kept[level], carries(level, builder.and_(rows, word((1 << level) - 1)))):
+                        builder.store(bits, variable)
+            begin = builder.and_(rows, word((1 << tile.levels) - 1))
+            with cgutils.for_range(builder, builder.lshr(rows, word(tile.levels)), intp=word) as loop:
+                k = builder.add(begin, builder.shl(loop.index, word(tile.levels)))
+                add_popcounts(carries(tile.levels, k), zeros)
+            for level in reversed(range(tile.levels)):
+                add_popcounts([builder.load(variable) for variable in kept[level]], one)
 
-        for phi, start, end in [(line, word(0), next_line), *((phi, zeros, s) for phi, s in zip(outer_sums, added))]:
-            phi.add_incoming(start, before)
-            phi.add_incoming(end, after)
-        for phi, start, end in [(k, word(0), next_k), *zip(inner_sums, outer_sums, added)]:
-            phi.add_incoming(start, outer)
-            phi.add_incoming(end, inner)
+            for index, total in enumerate(totals):
+                p, v = divmod(index, len(vectors))
+                place = address(counts, (builder.mul(stride, word(p)), 4), (word(v), 4 * tile.lanes))
+                narrow = builder.trunc(builder.load(total), short)
+                builder.store(narrow, builder.inttoptr(place, short.as_pointer()), align=4)
+            return context.get_dummy_value()
 
-        builder.position_at_end(done)
-        for index, total in enumerate(added):
-            p, v = divmod(index, len(vectors))
-            place = address(counts, (builder.mul(stride, word(p)), 4), (word(v), 4 * LANES))
-            builder.store(builder.trunc(total, short), builder.inttoptr(place, short.as_pointer()), align=4)
-        return context.get_dummy_value()
+        return types.void(*[types.intp] * 6), generate
 
-    return types.void(*[types.intp] * 7), generate
+    return count
+
+
+_count_by_popcount, _count_by_carry_save = counter(POPCOUNT), counter(CARRY_SAVE)
 
 
 @lru_cache(maxsize=256)
@@ -161,15 +257,15 @@ def _largest_sums(filters, words, down, across, inputs):
     """
     panels, rows = filters.shape[:2]
     kernel = down.shape[1]
-    sums = np.zeros((len(down) * len(across), panels * TILE_FILTERS), np.int32)
-    ones = np.empty((rows // words, panels * TILE_FILTERS), np.int32)
+    sums = np.zeros((len(down) * len(across), panels * PANEL), np.int32)
+    ones = np.empty((rows // words, panels * PANEL), np.int32)
     outside = down.size + across.size > down.sum() + across.sum()
     if outside:
         ones[:] = 0
         for panel in range(panels):
             for k in range(rows):
-                for c in range(TILE_FILTERS):
-                    ones[k // words, panel * TILE_FILTERS + c] += np.int32(_popcount(filters[panel, k, c]))
+                for c in range(PANEL):
+                    ones[k // words, panel * PANEL + c] += np.int32(_popcount(filters[panel, k, c]))
     for kind in range(len(sums)):
         for tap in range(kernel * kernel):
             if down[kind // len(across), tap // kernel] and across[kind % len(across), tap % kernel]:
@@ -180,11 +276,11 @@ def _largest_sums(filters, words, down, across, inputs):
 
 
 @njit(nogil=True, cache=True)
-def _dots_block(block, x, filters, largest, row_kind, column_kind, kernel, stride, out):
+def _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
     """Compute one block of BLOCK neighbouring positions of `dots`, from padded activations `x`."""
     height, width, words = x.shape[1:]
     out_height, out_width, channels = out.shape[1:]
-    padded = len(filters) * TILE_FILTERS
+    padded = len(filters) * PANEL
     first = block * BLOCK
     positions = min(BLOCK, out.shape[0] * out_height * out_width - first)
     starts = np.full(BLOCK, x.ctypes.data, np.intp)  # what fills up the last tile reads the first patch
@@ -200,17 +296,23 @@ def _dots_block(block, x, filters, largest, row_kind, column_kind, kernel, strid
             row, column = row + 1, 0
             if row == out_height:
                 image, row = image + 1, 0
+    rows, line = filters.shape[1], kernel * words
+    offsets = np.empty(rows, np.intp)  # of the words of a patch, which is a line of neighbouring words a kernel's row
+    for row in range(kernel):
+        for k in range(line):
+            offsets[row * line + k] = 8 * (row * width * words + k)
     for panel in range(len(filters)):
-        for j in range(0, positions, TILE_POSITIONS):
-            _tile(
-                starts.ctypes.data + 8 * j,
-                width * words,
-                kernel,
-                kernel * words,
-                filters.ctypes.data + 8 * panel * filters.shape[1] * TILE_FILTERS,
-                counts.ctypes.data + 4 * (j * padded + panel * TILE_FILTERS),
-                padded,
-            )
+        weights, sums = filters.ctypes.data + 8 * panel * rows * PANEL, counts.ctypes.data + 4 * panel * PANEL
+        if carry_save:
+            for j in range(0, positions, CARRY_SAVE.positions):
+                place = starts.ctypes.data + 8 * j
+                for c in range(0, PANEL, CARRY_SAVE.filters):
+                    goal = sums + 4 * (j * padded + c)
+                    _count_by_carry_save(place, offsets.ctypes.data, rows, weights + 8 * c, goal, padded)
+        else:
+            for j in range(0, positions, POPCOUNT.positions):
+                goal = sums + 4 * j * padded
+                _count_by_popcount(starts.ctypes.data + 8 * j, offsets.ctypes.data, rows, weights, goal, padded)
     results = out.reshape(-1, channels)
     for j in range(positions):
         result, most = results[first + j], largest[kinds[j]]
@@ -287,15 +389,15 @@ def _rectified_image(image, x, shortcut, scale, shift, slope, out):
 
 
 @njit(nogil=True, cache=True)
-def _dots_serial(blocks, x, filters, largest, row_kind, column_kind, kernel, stride, out):
+def _dots_serial(blocks, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
     for block in range(blocks):
-        _dots_block(block, x, filters, largest, row_kind, column_kind, kernel, stride, out)
+        _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out)
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _dots_parallel(blocks, x, filters, largest, row_kind, column_kind, kernel, stride, out):
+def _dots_parallel(blocks, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
     for block in prange(blocks):
-        _dots_block(block, x, filters, largest, row_kind, column_kind, kernel, stride, out)
+        _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out)
 
 
 @njit(nogil=True, cache=True)
@@ -361,7 +463,7 @@ def dots(
 
     Args:
         x: activations, uint64 words (images, height, width, words).
-        filters: weights, uint64 words (panels, kernel * kernel * words, TILE_FILTERS), row by row of the kernel.
+        filters: weights, uint64 words (panels, kernel * kernel * words, PANEL), row by row of the kernel.
         inputs: channels that the words hold; their unused bits are 0 in `x` and in `filters`.
         kernel, stride, padding: as in a convolution with a square kernel.
         out: where to, int32 (images, height', width', channels).
@@ -377,7 +479,7 @@ def dots(
         x = padded
     x = np.ascontiguousarray(x)
     blocks = -(-out.shape[0] * out.shape[1] * out.shape[2] // BLOCK)
-    arguments = (x, filters, largest, row_kind * len(across), column_kind, kernel, stride, out)
+    arguments = (TILE is CARRY_SAVE, x, filters, largest, row_kind * len(across), column_kind, kernel, stride, out)
     _run(_dots_serial, _dots_parallel, threads, blocks, *arguments)
 
 

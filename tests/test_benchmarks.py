@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import common, inference, injection, popcount, runtimes, sweep
 from benchmarks import training as training_benchmark
-from bnn_utils import data, models, training
+from bnn_utils import data, kernels, models, training
 from bnn_utils.layers import BINARIZED
 
 
@@ -121,12 +121,36 @@ def test_popcount(tmp_path):
 
 
 def test_popcount_loops_count_bits():
-    for adds in (False, True):
-        loop = popcount.register_loop(2, adds)
-        lanes = [[97 * chain + 13 * lane + 5 for lane in range(popcount.LANES)] for chain in range(2)]
+    for turn, adds in ((popcount.count, False), (popcount.count_and_add, True)):
+        loop = popcount.register_loop(turn, chains=2, vectors=1, lanes=8)
+        words = [5, 97 + 5]  # the first lanes
         for _ in range(3):
-            lanes = [[x.bit_count() + adds * x for x in chain] for chain in lanes]
-        assert loop(3) == lanes[0][0] + lanes[1][0]
+            words = [x.bit_count() + adds * x for x in words]
+        assert loop(3) == sum(words)
+
+
+def weighted(kept):
+    """Return the ones in words of weights 1, 2 and 4."""
+    return sum(word.bit_count() << level for level, word in enumerate(kept))
+
+
+def test_the_carry_save_loop_counts_the_bits_of_eight_words():
+    loop = popcount.register_loop(popcount.carry_save, chains=2, vectors=12, lanes=kernels.CARRY_SAVE.lanes)
+    chains = [[97 * vector + 5 for vector in range(first, first + 12)] for first in (0, 12)]  # the first lanes
+    for turns in range(4):
+        assert loop(turns) == sum(map(sum, chains))
+        for chain in chains:
+            (total, *kept), bits, replaced = chain[:4], chain[4:], []
+            before = weighted(kept) + sum(word.bit_count() for word in bits)
+            for level in range(3):
+                carries = []
+                for a, b in zip(bits[::2], bits[1::2], strict=True):
+                    carries.append(a & b | kept[level] & (a | b))
+                    kept[level] ^= a ^ b
+                    replaced += [kept[level], carries[-1]]
+                bits = carries
+            assert weighted(kept) + 8 * bits[0].bit_count() == before
+            chain[:] = [total + bits[0].bit_count(), *kept, *replaced[:8]]
 
 
 def test_injection(tmp_path):

@@ -29,7 +29,18 @@ from bnn_utils.packed import ENGINES, Affine, PackedLayer, PackedModel, deployed
 ROOT = Path(__file__).resolve().parents[1]
 NAN, INF = math.nan, math.inf
 LOGITS = dict(rtol=1e-5, atol=1e-4)  # rounding of one scale and shift of integers below a few thousand
-engines = pytest.mark.parametrize("engine", ENGINES)
+# The compiled engine with each tile that it has, whatever it would choose on this machine.
+engines = pytest.mark.parametrize(
+    "engine", ["numba POPCOUNT", "numba CARRY_SAVE", "torch"] if "numba" in ENGINES else ["torch"], indirect=True
+)
+
+
+@pytest.fixture
+def engine(request, monkeypatch):
+    name, _, tile = request.param.partition(" ")
+    if tile:
+        monkeypatch.setattr(packed_module.kernels, "TILE", getattr(packed_module.kernels, tile))
+    return name
 
 
 def seeded(seed):
