@@ -774,14 +774,32 @@ def intervals(table: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-def aggregate(table: pd.DataFrame) -> pd.DataFrame:
+def aggregate(table: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """Return mean and 95% interval of a campaign's trials, one row a network, data set, storage, repair, probability.
 
-    Columns: those five, trials, flips (mean number), not_finite (trials whose loss is NaN or infinite), loss and
-    accuracy (means), loss_half and accuracy_half (half-widths of their 95% intervals). A mean over finite losses
-    alone would hide the worst trials, so a loss that is not finite makes the mean so too; see `median_interval`.
+    Args:
+        table: the rows of one campaign, or of several put together.
+        by: more columns that tell settings apart: targets, or the file of networks that bear one name.
+
+    Returns:
+        Those five columns and `by`, trials, flips (mean number), not_finite (trials whose loss is NaN or infinite),
+        loss and accuracy (means), loss_half and accuracy_half (half-widths of their 95% intervals). A mean over finite
+        losses alone would hide the worst trials, so a loss that is not finite makes the mean so too; see
+        `median_interval`.
+
+    Raises:
+        ValueError: two rows of one setting are of the same trial: counted twice, it would narrow the intervals.
     """
-    keys = ["network", "dataset", "storage", "repair", "probability"]
+    keys = ["network", "dataset", "storage", "repair", "probability", *by]
+    twice = table.duplicated([*keys, "trial", "seed"])
+    if twice.any():
+        row = table[twice].iloc[0]
+        which = ", ".join(f"{name} {row[name]}" for name in (*keys, "trial", "seed"))
+        raise ValueError(
+            f"{twice.sum()} of {len(table)} rows are of trials that the table has already (the first: {which}); "
+            "drop_duplicates drops rows that are there twice, and a column that tells campaigns apart, such as targets "
+            'or the file of a network, is named in by=["column"]'
+        )
     table = table.assign(not_finite=~np.isfinite(table["loss"]))
     means = table.groupby(keys, sort=False).agg(
         trials=("trial", "size"), flips=("flips", "mean"), not_finite=("not_finite", "sum")
