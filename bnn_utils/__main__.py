@@ -34,6 +34,7 @@ from bnn_utils.training import (
     Evaluation,
     Recipe,
     evaluate,
+    state_facts,
     train,
 )
 
@@ -237,39 +238,25 @@ def _load_trained(arguments: argparse.Namespace, packed: bool = False) -> tuple[
     model, facts = checkpoints.load(arguments.checkpoint)
     if packed:
         _check_binarized(arguments.checkpoint, model)
-    images = _load_data(arguments).test.limit(arguments.limit)
-    _check_fits(arguments.checkpoint, facts["config"], images, arguments.dataset)
-    if "mean" in facts and "std" in facts:
-        images = dataclasses.replace(images, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
+    dataset = _load_data(arguments)
+    with _named(arguments.checkpoint):
+        dataset = dataset.as_trained(facts)
     device = _device(arguments.device)
-    return model.to(device), images.to(device)
+    return model.to(device), dataset.test.limit(arguments.limit).to(device)
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Say in what goes wrong with images which file's network they were to fit."""
+    try:
+        yield
+    except data.DataError as error:
+        raise data.DataError(f"{path}: {error}") from None
 
 
 def _check_binarized(path: str, model: nn.Module) -> None:
     if not binarized_weights(model):
         raise ValueError(f"{path}: is a float network, which cannot be packed")
-
-
-def _check_fits(path: str, config: dict[str, Any], images: data.Images, dataset: str) -> None:
-    """Raise ValueError where the network of a checkpoint is one for other images or classes."""
-    wanted = (config["in_channels"], config.get("input_size", images.pixels.shape[-1]), config["num_classes"])
-    seen = (images.pixels.shape[1], images.pixels.shape[-1], len(images.classes))
-    if wanted != seen:
-        described = "{} channels, {} pixels a side, {} classes"
-        raise ValueError(
-            f"{path}: its network wants {described.format(*wanted)}; {dataset} has {described.format(*seen)}"
-        )
-
-
-def _load_teacher(path: str, images: data.Images, dataset: str) -> nn.Module:
-    """Return the network of a checkpoint, which must be one for such images, normalized as they are."""
-    model, facts = checkpoints.load(path)
-    _check_fits(path, facts["config"], images, dataset)
-    for name in ("mean", "std"):
-        there, here = tuple(facts.get(name, getattr(images, name))), tuple(getattr(images, name))
-        if there != here:
-            raise ValueError(f"{path}: was trained on images normalized by the {name} {there}; {dataset} has {here}")
-    return model
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -293,6 +280,21 @@ def _train(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
 
     dataset = _load_data(arguments)
+    teacher, start = None, None
+    if arguments.teacher:
+        teacher, taught = checkpoints.load(arguments.teacher)
+        with _named(arguments.teacher):
+            dataset = dataset.as_trained(taught)
+    if resume:  # an interrupted run has weights and a normalization of its own
+        with _named(folder / STATE_FILE):
+            dataset = dataset.as_trained(state_facts(folder))
+    elif arguments.start:
+        start, begun = checkpoints.load(arguments.start)
+        with _named(arguments.start):
+            dataset = dataset.as_trained(begun)
+    if teacher is not None:
+        with _named(arguments.teacher):
+            dataset.train.check_trained(taught)
     _, in_channels, _, size = dataset.train.pixels.shape
     torch.manual_seed(recipe.seed)
     config: dict[str, Any] = dict(num_classes=len(dataset.classes), width=arguments.width, in_channels=in_channels)
@@ -301,18 +303,14 @@ def _train(arguments: argparse.Namespace) -> None:
     if not arguments.binary:
         config["binary"] = False
     model = build(arguments.model, input_size=size, **config)
-    if arguments.start and not resume:  # an interrupted run has weights of its own
-        model = _started(arguments.start, model)
+    if start is not None:
+        model = _started(arguments.start, start, begun, model)
     model = model.to(device).to(memory_format=torch.channels_last)
-    teacher = None
-    if arguments.teacher:
-        teacher = _load_teacher(arguments.teacher, dataset.train, arguments.dataset)
+    if teacher is not None:
         teacher = teacher.to(device).to(memory_format=torch.channels_last)
     facts: dict[str, Any] = dict(
         dataset=dataset.name,
-        classes=dataset.classes,
-        mean=dataset.train.mean,
-        std=dataset.train.std,
+        **dataset.train.facts,
         recipe=dataclasses.asdict(recipe),
         device=str(device),
     )
@@ -353,13 +351,12 @@ def _train(arguments: argparse.Namespace) -> None:
     print(f"kept: {folder / BEST_FILE}")
 
 
-def _started(path: str, wanted: nn.Module) -> nn.Module:
-    """Return the network of a checkpoint, which must be of the name and the shape that is wanted.
+def _started(path: str, model: nn.Module, facts: dict[str, Any], wanted: nn.Module) -> nn.Module:
+    """Return the network `model` of a checkpoint, which must be of the name and the shape that is wanted.
 
     A file of one bit a weight tells signs alone. Its latent weights get the sizes of those in `wanted`, a network not
     trained yet: of size 1, no step of a small learning rate would turn a sign.
     """
-    model, facts = checkpoints.load(path)
     before, here = ({"network": network.name, "binary": True, **network.config} for network in (model, wanted))  # type: ignore[dict-item]
     differing = [f"{key} {before.get(key)!r} there, {here[key]!r} here" for key in here if before.get(key) != here[key]]
     if differing:

@@ -36,8 +36,8 @@ class CheckpointError(ValueError):
 def save(path: str | os.PathLike[str], model: nn.Module, **facts: Any) -> None:
     """Write `model` and what is known of it to one safetensors file, whole or not at all.
 
-    The header gets `facts` and, by itself: network, config (the arguments that build it again), versions; and a
-    SHA-256 checksum of facts and tensors.
+    The header gets `facts` and, by itself: network, config (the arguments that build it again), versions; of a network
+    that was loaded, mean, std and classes too; and a SHA-256 checksum of facts and tensors.
 
     Args:
         path: of the file; one that is there is replaced.
@@ -73,6 +73,8 @@ def _save(path: str | os.PathLike[str], model: nn.Module, state: dict[str, Tenso
     if name is None or config is None or (config.get("binary", True) and not binarized_weights(model)):
         raise TypeError(f"only networks of bnn_utils.models can be saved, got {type(model).__name__}")
     versions = {"bnn_utils": bnn_utils.__version__, "torch": torch.__version__}
+    known = getattr(model, "trained_on", {})
+    facts = {key: known[key] for key in ("mean", "std", "classes") if key in known} | facts
     described = json.dumps({"network": name, "config": config, **facts, "versions": versions})
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     header = {"format": FORMAT, "facts": described, "sha256": checksum(described, tensors)}
@@ -99,7 +101,9 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     told from the shapes of their tensors.
 
     Returns:
-        (model in evaluation mode on the CPU, facts): facts hold at least network and config.
+        (model in evaluation mode on the CPU, facts): facts hold at least network and config. The network keeps them as
+        `model.trained_on`, by which evaluation, campaigns and training refuse images that are not prepared by
+        `images.as_trained(facts)`. To train it for others, set `model.trained_on = {}`.
 
     Raises:
         CheckpointError: the file is missing, cut short or changed, of another format or network, or would run code.
@@ -124,6 +128,7 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file}: its tensors are not those of the network it names ({reason[:300]})") from None
+    model.trained_on = facts  # type: ignore[assignment]
     return model.eval(), facts
 
 

@@ -1,7 +1,9 @@
 """Images as tensors: digits that ship with scikit-learn, torchvision's sets, or a folder of pictures."""
 
 import os
-from collections.abc import Callable, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,11 +18,17 @@ from torch.nn import functional
 
 PARTS = ("train", "validation", "test")
 SPLIT_SEED = 0  # the parts are the same for every run, whatever its own seed
+_SAME = 1e-6  # a mean or std is the same up to here: far above rounding, far below a pixel's level
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".tif", ".tiff"}
 
 
 class DataError(ValueError):
     """The data cannot be used; the message says which file or folder, and what to do."""
+
+
+def _plain(name: str) -> str:
+    """Return a class name without what copies of a data set change: case, spaces, dashes, Unicode's form."""
+    return re.sub(r"[-_/\s]+", "", unicodedata.normalize("NFKC", str(name)).casefold())
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,53 @@ class Images:
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
         """Return (network input, labels) of the images that a slice or an index tensor names."""
         return self.normalized(self.pixels[index]), self.labels[index]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the file of a network that is trained on these images has to tell: mean, std and classes."""
+        return {"mean": self.mean, "std": self.std, "classes": self.classes}
+
+    def as_trained(self, facts: Mapping[str, Any]) -> "Images":
+        """Return the same images, normalized as those that a network was trained on.
+
+        Args:
+            facts: of the network, as `bnn_utils.checkpoints.load` returns them. What they do not tell is taken as it
+                is: a file of BinaryNet.pytorch tells how many classes there are, not their names.
+
+        Raises:
+            DataError: the network is one for other channels, another size or other classes, or for the same in another
+                order.
+        """
+        channels, side = self.pixels.shape[1], self.pixels.shape[-1]
+        config = facts.get("config", {})
+        mean, std = (tuple(facts.get(name, getattr(self, name))) for name in ("mean", "std"))
+        wanted = (config.get("in_channels", len(mean)), config.get("input_size", side))
+        count = config.get("num_classes", len(self.classes))
+        if (*wanted, count) != (channels, side, len(self.classes)):
+            described = "{} channels, {} pixels a side, {} classes"
+            raise DataError(
+                f"the network wants {described.format(*wanted, count)}; "
+                f"{self.dataset} has {described.format(channels, side, len(self.classes))}"
+            )
+        theirs = tuple(facts.get("classes", self.classes))
+        if list(map(_plain, theirs)) != list(map(_plain, self.classes)):
+            raise DataError(
+                f"{self.dataset} has the classes {', '.join(self.classes)}; the network was trained on "
+                f"{', '.join(map(str, theirs))}. They are numbered in this order, by which the folders of pictures are "
+                "sorted: give them the names that the network knows"
+            )
+        return replace(self, mean=mean, std=std)
+
+    def check_trained(self, facts: Mapping[str, Any]) -> None:
+        """Raise DataError if these images are not as a network was trained on, see `as_trained`."""
+        wanted = self.as_trained(facts)
+        for name in ("mean", "std"):
+            there, here = getattr(wanted, name), getattr(self, name)
+            if any(abs(x - y) > _SAME for x, y in zip(there, here, strict=True)):
+                raise DataError(
+                    f"{self.dataset} is normalized by the {name} {here}, the network was trained on images normalized "
+                    f"by the {name} {there}; images.as_trained(facts) prepares images by the facts of a checkpoint"
+                )
 
     def to(self, device: torch.device | str) -> "Images":
         """Return the same images on `device`."""
@@ -99,6 +154,10 @@ class Dataset:
     def to(self, device: torch.device | str) -> "Dataset":
         """Return the same data set on `device`."""
         return replace(self, **{part: getattr(self, part).to(device) for part in PARTS})
+
+    def as_trained(self, facts: Mapping[str, Any]) -> "Dataset":
+        """Return the same data set, all parts of it normalized by a network's facts, see `Images.as_trained`."""
+        return replace(self, **{part: getattr(self, part).as_trained(facts) for part in PARTS})
 
 
 def augment(pixels: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:

@@ -119,9 +119,7 @@ class Settings:
         """Return the profile's images, on the device; for pretrained networks normalized as in their training."""
         loaded = data.load(self.sizes.dataset, self.data_path).to(self.device)
         if self.sizes.pretrained:
-            _, facts = checkpoints.pretrained(SHIPPED["vgg_cifar10_binary"])
-            seen = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
-            loaded = replace(loaded, **{part: replace(getattr(loaded, part), **seen) for part in data.PARTS})
+            loaded = loaded.as_trained(checkpoints.pretrained(SHIPPED["vgg_cifar10_binary"])[1])
         self.data_name = loaded.name
         return loaded
 
@@ -168,7 +166,7 @@ class Settings:
                 return kept.to(self.device)
         train(model, dataset, self.sizes.recipe)
         self.networks.mkdir(parents=True, exist_ok=True)
-        checkpoints.save(path, model, **facts)
+        checkpoints.save(path, model, **facts, **dataset.train.facts)
         return model
 
     def sweep(

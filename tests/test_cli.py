@@ -105,6 +105,7 @@ def world(tmp_path_factory):
         checkpoints.save(world / f"{name}.safetensors", model)
     model, _ = checkpoints.load(world / "float.safetensors")
     checkpoints.save(world / "scaled.safetensors", model, mean=[0.5], std=[0.5])
+    checkpoints.save(world / "named.safetensors", model, classes=["zero", *"123456789"])
     (world / "results/broken-state").mkdir()
     state = (world / "results/run/last.pt").read_bytes()
     (world / "results/broken-state/last.pt").write_bytes(state[: len(state) // 2])
@@ -244,6 +245,44 @@ def test_evaluate_a_published_checkpoint_on_pictures(world, tmp_path, capsys):
     with torch.no_grad():
         loss = nn.functional.cross_entropy(model(x), torch.tensor([0, 0, 0, 1, 1, 1])).item()
     assert f"loss {loss:.4f}" in capsys.readouterr().out
+
+
+def normalized_by(path, mean, std):
+    """Whether a file tells this normalization, and its network has the accuracy that the file says with it."""
+    network, facts = checkpoints.load(path)
+    test = data.digits().test
+    with torch.no_grad():
+        right = network(((test.pixels.double() / 255 - mean) / std).float()).argmax(1) == test.labels
+    accuracy = right.double().mean().item()
+    return (facts["mean"], facts["std"]) == ([mean], [std]) and accuracy == pytest.approx(facts["test_accuracy"])
+
+
+def test_images_are_prepared_as_the_network_was_trained(tmp_path, capsys):
+    other = dict(mean=[0.6], std=[2.0])
+    for name, binary in (("begun", True), ("taught", False)):
+        torch.manual_seed(0)
+        network = vgg_cifar10_binary(width=0.05, in_channels=1, input_size=8, binary=binary)
+        test = data.digits().as_trained(other)
+        train(network, test, Recipe(epochs=2, batch_size=128), progress=False)
+        checkpoints.save(tmp_path / f"{name}.safetensors", network, **other)
+    begun = checkpoints.load(tmp_path / "begun.safetensors")[0]
+    with torch.no_grad():
+        logits = begun(((test.test.pixels.double() / 255 - 0.6) / 2).float())
+    loss = nn.functional.cross_entropy(logits, test.test.labels).item()
+    accuracy = (logits.argmax(1) == test.test.labels).double().mean().item()
+    for command in ("evaluate", "damage --probabilities 0 --trials 1 --repair none", "evaluate --packed"):
+        assert run([*command.split(), "-e", tmp_path / "begun.safetensors", "--dataset", "digits"]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(rf"loss \{{?{loss:.3f}\d?.*acc \{{?{accuracy:.3f}", printed.replace(":{", " {")), printed
+
+    go = [*TRAIN, "--epochs", 2, "--results-dir", tmp_path, "--save"]
+    assert run([*go, "further", "--start", tmp_path / "begun.safetensors"]) == 0
+    assert normalized_by(tmp_path / "further/best.safetensors", 0.6, 2.0)
+    assert run([*go, "pupil", "--teacher", tmp_path / "taught.safetensors", "--teacher-share", 0.5]) == 0
+    assert normalized_by(tmp_path / "pupil/best.safetensors", 0.6, 2.0)
+    (tmp_path / "further/best.safetensors").unlink()
+    assert run([*go, "further", "--resume"]) == 0  # which does not name the start again
+    assert normalized_by(tmp_path / "further/best.safetensors", 0.6, 2.0)
 
 
 PAIR = r"\{(\S+) ± (\S+)\}"
@@ -577,6 +616,7 @@ def bad(arguments, said, **marks):
 
 
 IMAGES = "train --model vgg_cifar10_binary --dataset images --data-path"
+STARTED = f"{DIGITS} --width 0.05 --start results/run/best.safetensors"
 EVALUATE = "evaluate --dataset digits -e"
 DAMAGE = "damage --dataset digits -e results/run/best.safetensors --limit 5"
 RESUME = f"{' '.join(TRAIN)} --epochs 2 --save run --resume"
@@ -615,9 +655,11 @@ BAD = [
     bad(f"{DIGITS} --teacher-share 0.5 --teacher missing.safetensors", "missing.safetensors"),
     bad(f"{DIGITS} --teacher-share 0.5 --teacher three.safetensors", "wants 1 channels, 8 pixels a side, 3 classes"),
     bad(
-        f"{DIGITS} --teacher-share 0.5 --teacher colour.safetensors", "colour.safetensors: its network wants 3 channels"
+        f"{DIGITS} --teacher-share 0.5 --teacher colour.safetensors", "colour.safetensors: the network wants 3 channels"
     ),
-    bad(f"{DIGITS} --teacher-share 0.5 --teacher scaled.safetensors", "normalized by the mean (0.5,)"),
+    bad(f"{STARTED} --teacher-share 0.5 --teacher scaled.safetensors", "scaled.safetensors: digits is normalized by"),
+    bad(f"{DIGITS} --width 0.02 --start named.safetensors", "named.safetensors: digits has the classes 0, 1, 2,"),
+    bad(f"{DIGITS} --teacher-share 0.5 --teacher named.safetensors", "trained on zero, 1, 2, 3"),
     bad(f"{DIGITS} --float --damage-train-rate 0.1", "this network has none"),
     bad(f"{DIGITS} --width 0.02 --start float.safetensors", "binary False there, True here"),
     bad(f"{DIGITS} --width 0", "width"),
@@ -674,6 +716,8 @@ BAD = [
     bad(f"{EVALUATE} colour.safetensors", "3 channels"),
     bad(f"{EVALUATE} larger.safetensors", "16 pixels"),
     bad(f"{EVALUATE} three.safetensors", "3 classes"),
+    bad(f"{EVALUATE} named.safetensors", "give them the names that the network knows"),
+    bad("damage --dataset digits -e named.safetensors --out new.csv", "named.safetensors: digits has the classes"),
     bad("evaluate --dataset images --data-path pictures -e results/run/best.safetensors", "2 classes"),
     bad("evaluate --dataset images -e results/run/best.safetensors", "--data-path"),
     bad("evaluate --dataset nothing -e results/run/best.safetensors", "nothing"),
