@@ -227,6 +227,8 @@ def _load_data(arguments: argparse.Namespace) -> data.Dataset:
     if arguments.data_path == "":
         raise data.DataError("--data-path is empty, expected a folder")
     dataset = data.load(arguments.dataset, arguments.data_path)
+    if dataset.passed_over and parallel.first():
+        print(f"{dataset.name}: {dataset.passed_over} hidden or system files and folders passed over", flush=True)
     height, width = dataset.test.pixels.shape[2:]
     if height != width:
         raise data.DataError(f"{dataset.name}: its pictures are {width}x{height} pixels, the networks want squares")

@@ -285,6 +285,19 @@ def test_images_are_prepared_as_the_network_was_trained(tmp_path, capsys):
     assert normalized_by(tmp_path / "further/best.safetensors", 0.6, 2.0)
 
 
+def test_what_is_passed_over_is_told_with_the_name_of_the_data(world, tmp_path, capsys):
+    checkpoints.save(tmp_path / "two.safetensors", vgg_cifar10_binary(width=0.02, num_classes=2, input_size=8))
+    for part in ("train", "test"):
+        pictures(tmp_path / "zoo" / part, "ab")
+    command = ["evaluate", "-e", tmp_path / "two.safetensors", "--dataset", "images", "--data-path", tmp_path / "zoo"]
+    assert run(command) == 0
+    clean = capsys.readouterr().out
+    pictures(tmp_path / "zoo/train", [".ipynb_checkpoints"])
+    pictures(tmp_path / "zoo/test", [".ipynb_checkpoints"])
+    assert run(command) == 0
+    assert capsys.readouterr().out == f"zoo (PNG): 2 hidden or system files and folders passed over\n{clean}"
+
+
 PAIR = r"\{(\S+) ± (\S+)\}"
 
 
@@ -677,6 +690,7 @@ BAD = [
     bad("train --model vgg_cifar10_binary --dataset mnist --data-path not/there/yet", "download"),
     bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path a-file", "a-file"),
     bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path differing", "(b, c)"),
+    bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path pictures", "not the 10 classes of CIFAR-10"),
     bad("train --model vgg_cifar10_binary --dataset images", "--data-path"),
     bad(f"{IMAGES} missing", "missing"),
     bad(f"{IMAGES} empty", "train/"),
