@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import dataclasses
+import io
 import logging
 import multiprocessing
 import os
@@ -39,9 +40,11 @@ from bnn_utils.training import (
 )
 
 BEST_FILE = "best.safetensors"
+UNREAD = 141  # 128 and the number of SIGPIPE
 CONNECT_SECONDS = 5
 WAIT_SECONDS = 30  # as long as processes that start together may be apart
 FIXED_TRIALS, MOST_TRIALS = 20, 10_000  # by default: without --until, with it
+_PATH = os.path.expanduser  # shells leave the ~ of --option=~/folder as it is
 SHORTCUTS: dict[str, bool | str] = {"published": True, "normalized": "normalized", "none": False}
 PUBLISHED_WORDS = {"none": "damaged", "clip": "clipped"}
 
@@ -74,18 +77,20 @@ def _parser() -> argparse.ArgumentParser:
 
     common = _Parser(add_help=False)
     common.add_argument("--dataset", choices=data.DATASETS, required=True)
-    common.add_argument("--data-path", metavar="DIR", help="torchvision's layout, or train/<class>/ and test/<class>/")
+    common.add_argument(
+        "--data-path", metavar="DIR", type=_PATH, help="torchvision's layout, or train/<class>/ and test/<class>/"
+    )
     common.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
 
     checkpoint = _Parser(add_help=False)
-    checkpoint.add_argument("-e", "--checkpoint", metavar="CHECKPOINT", required=True)
+    checkpoint.add_argument("-e", "--checkpoint", metavar="CHECKPOINT", type=_PATH, required=True)
 
     trained = _Parser(add_help=False, parents=[checkpoint])
     trained.add_argument("--limit", type=int, metavar="N", help="use the first N test images only")
 
     sub = commands.add_parser("train", parents=[common], help="train a network by the published recipe")
     sub.add_argument("--model", choices=MODELS, required=True)
-    sub.add_argument("--results-dir", default="results", metavar="DIR")
+    sub.add_argument("--results-dir", default="results", metavar="DIR", type=_PATH)
     sub.add_argument("--save", metavar="NAME", help="the run's folder in --results-dir (the model's name by default)")
     sub.add_argument("--epochs", type=int, default=defaults.epochs)
     sub.add_argument("--batch-size", type=int, default=defaults.batch_size)
@@ -147,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the share of the cross-entropy's target that all classes get alike",
     )
     sub.add_argument(
-        "--teacher", metavar="CHECKPOINT", help="train to follow this network's outputs too (distillation)"
+        "--teacher", metavar="CHECKPOINT", type=_PATH, help="train to follow this network's outputs too (distillation)"
     )
     sub.add_argument(
         "--teacher-share",
@@ -163,8 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T",
         help=f"of the teacher's and the network's softmax in that share ({defaults.temperature:g})",
     )
-    sub.add_argument("--start", metavar="CHECKPOINT", help="start from these weights instead of random ones")
-    sub.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on with an interrupted run")
+    sub.add_argument(
+        "--start", metavar="CHECKPOINT", type=_PATH, help="start from these weights instead of random ones"
+    )
+    sub.add_argument("--resume", nargs="?", const="", metavar="PATH", type=_PATH, help="go on with an interrupted run")
     sub.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
     sub.set_defaults(run=_train)
 
@@ -193,17 +200,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--out",
         metavar="FILE",
+        type=_PATH,
         help="a new file for every trial: FILE.sqlite is written as they finish, FILE.csv at the end",
     )
     sub.add_argument("--resume", action="store_true", help="go on with --out FILE.sqlite, if it is there")
     where = sub.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, metavar="N", help="run trials in N processes")
     where.add_argument("--cluster", metavar="ADDRESS", help="run trials on the cluster of this Dask scheduler")
-    sub.add_argument("--scratch", metavar="DIR", help="a folder that all workers see, for the network and the images")
+    sub.add_argument(
+        "--scratch", metavar="DIR", type=_PATH, help="a folder that all workers see, for the network and the images"
+    )
     sub.set_defaults(run=_damage)
 
     sub = commands.add_parser("pack", parents=[checkpoint], help="write a checkpoint with one bit a weight")
-    sub.add_argument("-o", "--output", metavar="FILE", required=True, help="a new file")
+    sub.add_argument("-o", "--output", metavar="FILE", type=_PATH, required=True, help="a new file")
     sub.set_defaults(run=_pack)
     return parser
 
@@ -580,8 +590,7 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2e}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+def _run(arguments: Sequence[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -589,6 +598,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parallel.first():
             print("interrupted; what was finished is kept", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, campaign.WorkerError, parallel.ProcessError) as error:
         message = f"python -m bnn_utils {parsed.command}: error: {' '.join(str(error).split())}"
         if isinstance(error, parallel.ProcessError):  # the first may be the one that has ended
@@ -597,6 +608,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _tell(message)
         return 2
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted.
+
+    Where the reader of a pipe has gone, as in `| head`, it ends without a word and returns 141, as shells tell it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a ± that a terminal cannot show is no reason to fail
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # at the end of the process it would be too late to answer
+    except OSError as error:  # of printing: all else is told above
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python flushes as it ends
+        if isinstance(error, BrokenPipeError):
+            return UNREAD
+        print(f"python -m bnn_utils: error: cannot print ({error.strerror})", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -419,13 +419,20 @@ def _torchvision(published: _Published, path: Path, download: bool) -> Dataset:
     make: Callable[..., Any] = getattr(torchvision.datasets, published.torchvision)
     inner = path / published.torchvision
     absent = [folder for folder in (inner / "raw", inner, path, *path.parents) if not folder.exists()]
+    parts = [getattr(make, "base_folder", None), getattr(make, "filename", None), f"{published.torchvision}/raw"]
+    there = [path / part for part in parts if part and (path / part).exists()]
     try:
         train, test = make(path, train=True, download=download), make(path, train=False, download=download)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # torchvision raises many kinds for files that are cut short
         for folder in absent:  # torchvision makes them before it finds that there is no network
             with suppress(OSError):
                 folder.rmdir()
         reason = " ".join(str(error).split()) or type(error).__name__
+        if there:
+            raise DataError(
+                f"{published.title}: {' and '.join(map(str, there))} cannot be used, cut short or changed, and could "
+                f"not be downloaded again ({reason}); delete it, and it will be downloaded anew"
+            ) from None
         raise DataError(
             f"{published.title} is not in {path} and could not be downloaded ({reason}); "
             f"put torchvision's files there, or folders train/<class>/ and test/<class>/ of pictures"

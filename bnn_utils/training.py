@@ -126,8 +126,8 @@ class Recipe:
             raise ValueError(f"unknown optimizer {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**64:  # torch takes no more
+            raise ValueError(f"seed must lie in [0, 2**64), got {self.seed}")
         if not 0 <= self.damage_rate < 1:
             raise ValueError(f"damage_rate must lie in [0, 1), got {self.damage_rate}")
         if not 0 <= self.damage_spare <= 1:

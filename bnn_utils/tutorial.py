@@ -254,6 +254,10 @@ class Settings:
         write_beside(self.figures / f"{name}.csv", partial(table.to_csv, index=False))
 
 
+def _folder(variable: str, default: Path) -> Path:
+    return Path(os.path.expanduser(os.environ.get(variable, default)))
+
+
 def start() -> Settings:
     """Read the profile from BNN_PROFILE (default quick), set the style and the seed, and say what was chosen.
 
@@ -273,9 +277,9 @@ def start() -> Settings:
     torch.manual_seed(seed)
     root = Path(__file__).resolve().parents[1]
     base = root if (root / "pyproject.toml").is_file() else Path.cwd()  # installed without the repository around it
-    figures = Path(os.environ.get("BNN_FIGURES", base / "figures")) / profile
-    networks = Path(os.environ.get("BNN_NETWORKS", base / "executed" / "networks")) / profile
-    data_path = Path(os.environ.get("BNN_DATA", base / "data"))
+    figures = _folder("BNN_FIGURES", base / "figures") / profile
+    networks = _folder("BNN_NETWORKS", base / "executed" / "networks") / profile
+    data_path = _folder("BNN_DATA", base / "data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     version, threads = torch.__version__.split("+")[0], torch.get_num_threads()
     print(f"profile {profile}, seed {seed}, torch {version}, device {device}, threads {threads}")

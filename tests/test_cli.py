@@ -555,14 +555,14 @@ def test_training_starts_from_a_checkpoint(best, tmp_path, capsys):
     assert tree(tmp_path) == kept
 
 
-def started(arguments, folder):
+def started(arguments, folder, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "bnn_utils", *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored
     )
 
@@ -624,6 +624,53 @@ def test_ctrl_c_during_a_sweep(best, tmp_path, options):
 # Bad input: one line, exit status 2, nothing written
 
 
+# Where output goes, and what paths mean
+
+
+def finished(arguments, folder, **environment):
+    process = started(arguments, folder, TQDM_DISABLE="1", **environment)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_output_that_a_terminal_cannot_show_is_replaced(best, tmp_path):
+    chosen = ["--probabilities", "1e-2", "--trials", 3, "--limit", 20, "--out", tmp_path / "t.csv"]
+    damage = ["damage", "-e", best, "--dataset", "digits", *chosen]
+    status, out, err = finished(damage, tmp_path, PYTHONIOENCODING="ascii")
+    assert (status, err) == (0, "")
+    assert len(pd.read_csv(tmp_path / "t.csv")) == 6
+    (tmp_path / "t.csv").unlink()
+    assert finished(damage, tmp_path, PYTHONIOENCODING="utf-8") == (0, out.replace("?", "±"), "")
+    status, out, err = finished(["damage", "--help"], tmp_path, PYTHONIOENCODING="ascii")
+    assert (status, err) == (0, "") and "is ? H or less" in out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train --model vgg_cifar10_binary --width 0.05 --epochs 3"])
+def test_a_pipe_that_closes_is_no_error(best, tmp_path, command):
+    checkpoint = ["-e", best] if command == "evaluate" else []
+    process = started([*command.split(), *checkpoint, "--dataset", "digits"], tmp_path, TQDM_DISABLE="1")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(120) == 141
+
+
+def test_a_tilde_is_the_home_folder(best, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert run(["pack", f"--checkpoint={best}", "--output=~/packed.safetensors"]) == 0
+    few = ["--dataset=digits", "--limit=5", "--checkpoint=~/packed.safetensors"]
+    assert run(["damage", *few, "--trials=1", "--out=~/t.csv", "--scratch=~"]) == 0
+    start = ["--teacher=~/packed.safetensors", "--teacher-share=0.5", "--start=~/packed.safetensors"]
+    assert run([*TRAIN, "--epochs=1", "--results-dir=~/runs", "--save=a", *start]) == 0
+    assert run([*TRAIN, "--epochs=1", "--resume=~/runs/a", *start]) == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"packed.safetensors", "t.csv", "runs"}
+    for part in ("train", "test"):
+        pictures(tmp_path / "zoo" / part, "ab")
+    assert data.load("images", "~/zoo").name == "zoo (PNG)"
+    checkpoints.save(tmp_path / "two.safetensors", vgg_cifar10_binary(width=0.02, num_classes=2, input_size=8))
+    assert run(["evaluate", "-e", "~/two.safetensors", "--dataset=images", "--data-path=~/zoo"]) == 0
+
+
 def bad(arguments, said, **marks):
     return pytest.param(arguments, said, id=arguments.replace("/", "-"), **marks)
 
@@ -678,7 +725,8 @@ BAD = [
     bad(f"{DIGITS} --width 0", "width"),
     bad(f"{DIGITS} --width nan", "width"),
     bad(f"{DIGITS} --width 1e9", "width"),
-    bad(f"{DIGITS} --seed -1", "seed"),
+    bad(f"{DIGITS} --seed -1", "seed must lie in [0, 2**64), got -1"),
+    bad(f"{DIGITS} --seed {2**64}", "seed must lie in [0, 2**64), got 18446744073709551616"),
     bad(f"{DIGITS} --device abacus", "abacus"),
     bad(f"{DIGITS} --device meta", "meta"),
     bad(f"{DIGITS} --device cuda:x", "cuda:x"),

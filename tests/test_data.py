@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import urllib.request
 import zlib
 from collections import Counter
 from itertools import product
@@ -628,3 +629,27 @@ def test_absent_and_no_download(tmp_path, name):
     with pytest.raises(DataError, match=r"is not in .* could not be downloaded"):
         load(name, tmp_path / "data", download=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name, there", [("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python.tar.gz")])
+@pytest.mark.parametrize("download", [True, False])
+def test_a_corrupt_download_is_told_as_such(tmp_path, monkeypatch, name, there, download):
+    monkeypatch.setattr(urllib.request, "urlopen", no_network(URLError("no network here")))
+    if there.endswith(".gz"):
+        (tmp_path / there).write_bytes(b"cut short")
+    else:
+        (tmp_path / there).mkdir()
+        (tmp_path / there / "data_batch_1").write_bytes(b"cut short")
+    with pytest.raises(DataError, match=rf"{there} cannot be used, cut short or changed, .*; delete it"):
+        load(name, tmp_path, download=download)
+    assert (tmp_path / there).exists()
+
+
+def test_a_file_of_mnist_that_is_cut_short_is_told_as_such(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, kind in product(("train", "t10k"), ("images-idx3", "labels-idx1")):
+        (raw / f"{part}-{kind}-ubyte").write_bytes(struct.pack(">4I", 2051, 60_000, 28, 28) + b"too few")
+    with pytest.raises(DataError, match=r"raw cannot be used, cut short or changed") as caught:
+        load("mnist", tmp_path)
+    assert "\n" not in str(caught.value)
