@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from bnn_utils.layers import binarized_weights
 from bnn_utils.models import MODELS, build
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
-from bnn_utils.system import keep_freed_memory
+from bnn_utils.system import keep_freed_memory, only_one
 from bnn_utils.training import (
     LOSSES,
     OPTIMIZERS,
@@ -39,7 +39,7 @@ from bnn_utils.training import (
     train,
 )
 
-BEST_FILE = "best.safetensors"
+BEST_FILE, LOCK_FILE = "best.safetensors", ".lock"
 UNREAD = 141  # 128 and the number of SIGPIPE
 CONNECT_SECONDS = 5
 WAIT_SECONDS = 30  # as long as processes that start together may be apart
@@ -280,8 +280,8 @@ def _train(arguments: argparse.Namespace) -> None:
         folder = folder.parent if folder.name == STATE_FILE else folder
     if resume and not (folder / STATE_FILE).is_file():
         raise ValueError(f"{folder}: holds no {STATE_FILE}, so there is nothing to resume")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume and not arguments.overwrite:
-        raise FileExistsError(f"{folder}: is there already; go on with --resume, replace with --overwrite, or --save")
+    free = resume or arguments.overwrite
+    _check_run(folder, free)
     if arguments.shortcut and arguments.model != "resnet_binary":
         raise ValueError(f"--shortcut is of resnet_binary, {arguments.model} has none")
     if parallel.launched() and arguments.device.startswith("cuda:"):
@@ -340,27 +340,57 @@ def _train(arguments: argparse.Namespace) -> None:
     if parallel.first():
         what = arguments.model if arguments.binary else f"the float form of {arguments.model}"
         print(f"training {what} at width {arguments.width:g} on {dataset.name}, into {folder}", flush=True)
-    with parallel.group(device):
-        history = train(
-            model,
-            dataset.to(device),
-            recipe,
-            folder=folder,
-            resume=resume,
-            on_best=keep,
-            on_epoch=_print_epoch,
-            teacher=teacher,
-        )
-    if not parallel.first():
-        return
-    best = history.loc[history.attrs["best_epoch"] - 1]
-    tested = evaluate(model, dataset.test.to(device))
-    facts.update(epoch=int(best["epoch"]), validation_accuracy=float(best["validation_accuracy"]))
-    facts.update(test_loss=tested.loss, test_accuracy=tested.accuracy, seconds=float(history["seconds"].sum()))
-    checkpoints.save(folder / BEST_FILE, model, **facts)
+    with _only_run(folder, free):
+        with parallel.group(device):
+            history = train(
+                model,
+                dataset.to(device),
+                recipe,
+                folder=folder,
+                resume=resume,
+                on_best=keep,
+                on_epoch=_print_epoch,
+                teacher=teacher,
+            )
+        if not parallel.first():
+            return
+        best = history.loc[history.attrs["best_epoch"] - 1]
+        tested = evaluate(model, dataset.test.to(device))
+        facts.update(epoch=int(best["epoch"]), validation_accuracy=float(best["validation_accuracy"]))
+        facts.update(test_loss=tested.loss, test_accuracy=tested.accuracy, seconds=float(history["seconds"].sum()))
+        checkpoints.save(folder / BEST_FILE, model, **facts)
     print(f"best epoch {best['epoch']:.0f}: validation acc {best['validation_accuracy']:.4f}")
     print(f"test: {_described(tested)} on {len(dataset.test)} images of {dataset.name}")
     print(f"kept: {folder / BEST_FILE}")
+
+
+def _check_run(folder: Path, free: bool) -> None:
+    """Raise FileExistsError where a run is in a folder, unless that is free to be gone on with or replaced."""
+    if folder.exists() and not free and (not folder.is_dir() or {x.name for x in folder.iterdir()} - {LOCK_FILE}):
+        raise FileExistsError(f"{folder}: is there already; go on with --resume, replace with --overwrite, or --save")
+
+
+@contextmanager
+def _only_run(folder: Path, free: bool) -> Iterator[None]:
+    """Be the only run that trains into a folder, until the context ends; of several processes of a run, the first."""
+    if not parallel.first():
+        yield
+        return
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    held = BlockingIOError(f"{folder}: another process is training into this folder; wait for it, or --save elsewhere")
+    try:
+        with only_one(folder / LOCK_FILE, held):
+            _check_run(folder, free)  # since it was checked, another run may have begun and ended
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows keeps a file that is open
+                    (folder / LOCK_FILE).unlink()
+    finally:
+        for path in absent:  # nothing is left where nothing was written
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _started(path: str, model: nn.Module, facts: dict[str, Any], wanted: nn.Module) -> nn.Module:

@@ -624,6 +624,41 @@ def test_ctrl_c_during_a_sweep(best, tmp_path, options):
 # Bad input: one line, exit status 2, nothing written
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    train = [*TRAIN, "--epochs", 1000, "--results-dir", tmp_path, "--save", "run"]
+    first = started(train, tmp_path, TQDM_DISABLE="1")
+    try:
+        for line in first.stdout:
+            if line.startswith("epoch"):
+                break
+        for option in ("--overwrite", "--resume"):
+            assert run([*train, option]) == 2
+            told = capsys.readouterr().err
+            assert "another process is training into this folder" in told and told.count("\n") == 1
+        assert run([*train[:-1], "other", "--epochs", 1]) == 0
+        status, _ = stopped(first)
+    finally:
+        first.kill()
+        first.communicate()
+    assert status == 130
+    epochs = list(pd.read_csv(tmp_path / "run/history.csv")["epoch"])
+    assert epochs == list(range(1, len(epochs) + 1))
+    checkpoints.load(tmp_path / "run/best.safetensors")
+    assert run([*train[:-1], "other", "--epochs", 1, "--overwrite"]) == 0
+
+
+def test_runs_that_start_together(tmp_path):
+    train = [*TRAIN, "--epochs", 2, "--results-dir", tmp_path / "new", "--save", "run"]
+    runs = [started(train, tmp_path, TQDM_DISABLE="1") for _ in range(2)]
+    told = [process.communicate(timeout=300) for process in runs]
+    assert sorted(process.returncode for process in runs) == [0, 2]
+    (error,) = (err for (_, err), process in zip(told, runs, strict=True) if process.returncode == 2)
+    assert error.count("\n") == 1 and f"{tmp_path / 'new/run'}: " in error
+    (out,) = (out for (out, _), process in zip(told, runs, strict=True) if process.returncode == 0)
+    accuracy = checkpoints.load(tmp_path / "new/run/best.safetensors")[1]["test_accuracy"]
+    assert f"acc {accuracy:.4f} on 360" in out
+
+
 # Where output goes, and what paths mean
 
 
