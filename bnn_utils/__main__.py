@@ -70,6 +70,12 @@ def _tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def _say(message: str) -> None:
+    """Print what is good to know, once."""
+    if parallel.first():
+        print(message, flush=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     defaults = Recipe()
     parser = _Parser(prog="python -m bnn_utils", description=__doc__)
@@ -237,17 +243,26 @@ def _load_data(arguments: argparse.Namespace) -> data.Dataset:
     if arguments.data_path == "":
         raise data.DataError("--data-path is empty, expected a folder")
     dataset = data.load(arguments.dataset, arguments.data_path)
-    if dataset.passed_over and parallel.first():
-        print(f"{dataset.name}: {dataset.passed_over} hidden or system files and folders passed over", flush=True)
+    if dataset.passed_over:
+        _say(f"{dataset.name}: {dataset.passed_over} hidden or system files and folders passed over")
     height, width = dataset.test.pixels.shape[2:]
     if height != width:
         raise data.DataError(f"{dataset.name}: its pictures are {width}x{height} pixels, the networks want squares")
     return dataset
 
 
+def _load(path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a checkpoint; of a training run's state, say which network is taken."""
+    model, facts = checkpoints.load(path)
+    if "epochs_trained" in facts:
+        so_far = f"{facts['epochs_trained']} of {facts['recipe']['epochs']} epochs"
+        _say(f"{path}: a run after {so_far}; its best network so far, of epoch {facts['epoch']}, is taken")
+    return model, facts
+
+
 def _load_trained(arguments: argparse.Namespace, packed: bool = False) -> tuple[nn.Module, data.Images]:
     """Return the network and the test images, normalized as it was trained with; `packed`: it shall be packed."""
-    model, facts = checkpoints.load(arguments.checkpoint)
+    model, facts = _load(arguments.checkpoint)
     if packed:
         _check_binarized(arguments.checkpoint, model)
     dataset = _load_data(arguments)
@@ -292,16 +307,24 @@ def _train(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
 
     dataset = _load_data(arguments)
-    teacher, start = None, None
+    teacher, start, extended = None, None, []
     if arguments.teacher:
-        teacher, taught = checkpoints.load(arguments.teacher)
+        teacher, taught = _load(arguments.teacher)
         with _named(arguments.teacher):
             dataset = dataset.as_trained(taught)
     if resume:  # an interrupted run has weights and a normalization of its own
+        before = state_facts(folder)
         with _named(folder / STATE_FILE):
-            dataset = dataset.as_trained(state_facts(folder))
+            dataset = dataset.as_trained(before)
+        extended, begun_with = before.get("extended", []), before["recipe"]["epochs"]
+        if recipe.epochs > begun_with:
+            extended = [*extended, begun_with]
+            _say(
+                f"--epochs {recipe.epochs}, begun with {begun_with}: from the next epoch on, the learning rate follows "
+                f"the cosine of {recipe.epochs}; a run that begins with {recipe.epochs} would differ"
+            )
     elif arguments.start:
-        start, begun = checkpoints.load(arguments.start)
+        start, begun = _load(arguments.start)
         with _named(arguments.start):
             dataset = dataset.as_trained(begun)
     if teacher is not None:
@@ -326,6 +349,8 @@ def _train(arguments: argparse.Namespace) -> None:
         recipe=dataclasses.asdict(recipe),
         device=str(device),
     )
+    if extended:
+        facts["extended"] = extended  # the numbers of epochs that it was begun and gone on with
     if device.type == "cpu":
         facts["threads"] = torch.get_num_threads()  # sums depend on how they are split
     if arguments.start:
@@ -337,9 +362,8 @@ def _train(arguments: argparse.Namespace) -> None:
         facts.update(epoch=row["epoch"], validation_accuracy=row["validation_accuracy"])
         checkpoints.save(folder / BEST_FILE, network, **facts)
 
-    if parallel.first():
-        what = arguments.model if arguments.binary else f"the float form of {arguments.model}"
-        print(f"training {what} at width {arguments.width:g} on {dataset.name}, into {folder}", flush=True)
+    what = arguments.model if arguments.binary else f"the float form of {arguments.model}"
+    _say(f"training {what} at width {arguments.width:g} on {dataset.name}, into {folder}")
     with _only_run(folder, free):
         with parallel.group(device):
             history = train(
@@ -447,7 +471,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.exists():
         raise FileExistsError(f"{output}: is there already; name another file")
-    model, facts = checkpoints.load(arguments.checkpoint)
+    model, facts = _load(arguments.checkpoint)
     _check_binarized(arguments.checkpoint, model)
     pack(model)  # what cannot be packed is told before anything is written
     checkpoints.save_packed(output, model, **{key: facts[key] for key in facts if key != "versions"})

@@ -468,17 +468,21 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def state_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the facts of the run in `folder` as its last finished epoch left them; of an old file, none.
+    """Return the facts of the run in `folder` as its last finished epoch left them; of an old file, its epochs alone.
 
     Raises:
         ValueError: the folder holds no run.
     """
-    return _state(Path(folder) / STATE_FILE)["facts"]
+    state = _state(Path(folder) / STATE_FILE)
+    return {"recipe": {"epochs": state["identity"].get("epochs", math.inf)}, **state["facts"]}
 
 
 def _resume(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     state = _state(path)
     before = state["identity"]
+    if identity["epochs"] > before.get("epochs", math.inf):
+        state["facts"]["extended"] = [*state["facts"].get("extended", ()), before["epochs"]]
+        before["epochs"] = identity["epochs"]
     differing = [
         f"{key} {before.get(key, _LATER.get(key))!r} there, {identity.get(key, _LATER.get(key))!r} here"
         for key in {**before, **identity}
@@ -512,9 +516,11 @@ def train(
         model: a binarized network, or a float one, on the device of `data`.
         data: its three parts.
         recipe: see Recipe; None is the published one.
-        folder: where to keep last.pt (to resume from) and history.csv after every epoch; None keeps nothing.
+        folder: where to keep last.pt (to resume from; `bnn_utils.checkpoints.load` reads it too) and history.csv after
+            every epoch; None keeps nothing.
         resume: go on from the last finished epoch in `folder`. On the CPU, with the same number of threads, the
-            result is that of an uninterrupted run.
+            result is that of an uninterrupted run; not so if the recipe has more epochs than before: the learning rate
+            then follows the cosine of their new number, from the next epoch on.
         on_best: called with (model, history row) after every epoch that is the best so far.
         on_epoch: called with the history row after every epoch.
         after_step: called with the model after every optimizer step and clamp; what it changes stays changed. Where
@@ -554,6 +560,8 @@ def train(
         teacher.eval()
     identity = _identity(model, data, recipe, teacher)
     facts = {"dataset": data.name, **data.train.facts, "recipe": asdict(recipe)}
+    if (config := getattr(model, "config", None)) is not None:  # so that `bnn_utils.checkpoints.load` can build it
+        facts |= {"network": getattr(model, "name", ""), "config": dict(config)}
     optimizer = _optimizer(model, recipe)
     batch = min(recipe.batch_size, len(data.train))
     if batch % parallel.processes():
@@ -568,6 +576,7 @@ def train(
             raise ValueError("resume needs the folder of the run")
         state = _resume(Path(folder) / STATE_FILE, identity)
         data.train.check_trained(state["facts"])
+        facts |= {key: value for key, value in state["facts"].items() if key == "extended"}
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         rows, damaging = state["rows"], state.get("damaging", False)

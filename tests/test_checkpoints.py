@@ -423,6 +423,39 @@ def test_a_bare_state_dict_and_old_files_without_batch_counters(tmp_path):
     assert torch.equal(logits(load(tmp_path / "a")[0]), logits(model))
 
 
+WRAPPERS = {
+    "compiled": torch.compile,
+    "DataParallel": nn.DataParallel,
+    "an average": torch.optim.swa_utils.AveragedModel,
+    "compiled and parallel": lambda model: nn.DataParallel(torch.compile(model)),
+    "parallel and compiled": lambda model: torch.compile(nn.DataParallel(model)),
+    "a module of another": lambda model: nn.ModuleDict({"model": model}),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", None])
+def test_files_of_wrapped_networks_load(tmp_path, name, key):
+    model = shuffle_statistics(vgg(in_channels=3))
+    state = WRAPPERS[name](copy.deepcopy(model)).state_dict()
+    assert not state.keys() & model.state_dict().keys()
+    torch.save(state if key is None else {key: state, "epoch": 4}, tmp_path / "a")
+    loaded, facts = load(tmp_path / "a")
+    assert bits_of(loaded) == bits_of(model)
+    # Of these, only one is a form in which BinaryNet.pytorch writes, whose normalization is known.
+    assert ("mean" in facts) == (key == "state_dict" and name == "DataParallel")
+
+
+def test_a_network_with_a_compiled_part_loads(tmp_path):
+    model = shuffle_statistics(vgg())
+    wrapped = copy.deepcopy(model)
+    wrapped.features = torch.compile(wrapped.features)
+    torch.save(wrapped.state_dict(), tmp_path / "a")
+    assert bits_of(load(tmp_path / "a")[0]) == bits_of(model)
+    save(tmp_path / "b", torch.compile(copy.deepcopy(model)))
+    assert bits_of(load(tmp_path / "b")[0]) == bits_of(model)
+
+
 def test_published_and_own_form_of_one_network(tmp_path):
     model = shuffle_statistics(resnet())
     torch.save(published(model), tmp_path / "a")

@@ -555,6 +555,52 @@ def test_training_starts_from_a_checkpoint(best, tmp_path, capsys):
     assert tree(tmp_path) == kept
 
 
+def test_the_state_of_a_run_is_a_checkpoint_of_its_best_network(best, tmp_path, capsys):
+    state = best.with_name("last.pt")
+    kept = torch.load(state, weights_only=True)["best"]
+    told = f"{state}: a run after 2 of 2 epochs; its best network so far, of epoch {kept['epoch']}, is taken\n"
+    network, facts = checkpoints.load(state)
+    assert all(torch.equal(value, kept["state"][name]) for name, value in network.state_dict().items())
+    assert (facts["network"], facts["config"]["width"], facts["dataset"]) == ("vgg_cifar10_binary", 0.05, "digits")
+    assert facts["validation_accuracy"] == evaluate(network, data.digits().validation).accuracy
+    for command in ("evaluate", "damage --trials 2 --probabilities 1e-3 --limit 20"):
+        printed = []
+        for path in (best, state):
+            assert run([*command.split(), "-e", path, "--dataset", "digits"]) == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[1] == told + printed[0]
+    train = [*TRAIN, "--epochs", 1, "--results-dir", tmp_path, "--lr", 1e-9]
+    assert run([*train, "--save", "a", "--start", state, "--teacher", state, "--teacher-share", 0.5]) == 0
+    further, facts = checkpoints.load(tmp_path / "a/best.safetensors")
+    assert facts["start"] == facts["teacher"] == "last.pt"
+    for before, after in zip(network.parameters(), further.parameters(), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    assert run(["pack", "-e", state, "-o", tmp_path / "packed.safetensors"]) == 0
+
+
+def test_a_run_is_resumed_for_more_epochs(tmp_path, capsys):
+    train = [*TRAIN, "--results-dir", tmp_path, "--save", "run"]
+    assert run([*train, "--epochs", 2]) == 0
+    capsys.readouterr()
+    assert run([*train, "--epochs", 4, "--resume"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("--epochs 4, begun with 2: from the next epoch on") for line in lines) == 1
+    history = pd.read_csv(tmp_path / "run/history.csv")
+    cosine = [1e-5 + (5e-3 - 1e-5) * (1 + np.cos(np.pi * share)) / 2 for share in (1 / 2, 1, 3 / 4, 1)]
+    assert history["lr"].tolist() == pytest.approx(cosine)
+    facts = checkpoints.load(tmp_path / "run/best.safetensors")[1]
+    assert (facts["recipe"]["epochs"], facts["extended"]) == (4, [2])
+    assert facts["validation_accuracy"] == history["validation_accuracy"].max()
+    assert run([*train, "--epochs", 5, "--resume"]) == 0
+    assert checkpoints.load(tmp_path / "run/best.safetensors")[1]["extended"] == [2, 4]
+    capsys.readouterr()
+    assert run([*train, "--epochs", 5, "--resume"]) == 0  # a finished run, and what it was is kept
+    assert "begun with" not in capsys.readouterr().out
+    assert checkpoints.load(tmp_path / "run/best.safetensors")[1]["extended"] == [2, 4]
+    assert run([*train, "--epochs", 4, "--resume"]) == 2
+    assert "epochs 5 there, 4 here" in capsys.readouterr().err
+
+
 def started(arguments, folder, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "bnn_utils", *map(str, arguments)],
@@ -788,7 +834,7 @@ BAD = [
     bad(f"{DIGITS} --shortcut long", "long"),
     bad(f"{DIGITS} --epochs 1 --save run", "results/run"),
     bad(f"{DIGITS} --epochs 1 --results-dir . --save a-file", "a-file"),
-    bad(f"{RESUME} --epochs 3", "epochs 2"),
+    bad(f"{RESUME} --epochs 1", "epochs 2 there, 1 here"),
     bad(f"{RESUME} --lr 0.1", "lr"),
     bad(f"{RESUME} --seed 4", "seed"),
     bad(f"{RESUME} --damage-train-rate 0.1", "damage_rate 0.0 there, 0.1 here"),
@@ -809,7 +855,8 @@ BAD = [
     bad(f"{EVALUATE} lying.safetensors", "lying.safetensors"),
     bad(f"{EVALUATE} linear.pth.tar", "linear.pth.tar"),
     bad(f"{EVALUATE} code.pth.tar", "code"),
-    bad(f"{EVALUATE} results/run/last.pt", "last.pt"),
+    bad(f"{EVALUATE} results/foreign-state/last.pt", "does not tell its network; take best.safetensors"),
+    bad(f"{EVALUATE} results/broken-state/last.pt", "last.pt: is broken"),
     bad(f"{EVALUATE} colour.safetensors", "3 channels"),
     bad(f"{EVALUATE} larger.safetensors", "16 pixels"),
     bad(f"{EVALUATE} three.safetensors", "3 classes"),
