@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import dataclasses
+import io
 import logging
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from bnn_utils.layers import binarized_weights
 from bnn_utils.models import MODELS, build
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
-from bnn_utils.system import keep_freed_memory
+from bnn_utils.system import keep_freed_memory, only_one
 from bnn_utils.training import (
     LOSSES,
     OPTIMIZERS,
@@ -34,13 +35,16 @@ from bnn_utils.training import (
     Evaluation,
     Recipe,
     evaluate,
+    state_facts,
     train,
 )
 
-BEST_FILE = "best.safetensors"
+BEST_FILE, LOCK_FILE = "best.safetensors", ".lock"
+UNREAD = 141  # 128 and the number of SIGPIPE
 CONNECT_SECONDS = 5
 WAIT_SECONDS = 30  # as long as processes that start together may be apart
 FIXED_TRIALS, MOST_TRIALS = 20, 10_000  # by default: without --until, with it
+_PATH = os.path.expanduser  # shells leave the ~ of --option=~/folder as it is
 SHORTCUTS = {"published": True, "none": False}
 PUBLISHED_WORDS = {"none": "damaged", "clip": "clipped"}
 
@@ -66,6 +70,12 @@ def _tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def _say(message: str) -> None:
+    """Print what is good to know, once."""
+    if parallel.first():
+        print(message, flush=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     defaults = Recipe()
     parser = _Parser(prog="python -m bnn_utils", description=__doc__)
@@ -73,18 +83,20 @@ def _parser() -> argparse.ArgumentParser:
 
     common = _Parser(add_help=False)
     common.add_argument("--dataset", choices=data.DATASETS, required=True)
-    common.add_argument("--data-path", metavar="DIR", help="torchvision's layout, or train/<class>/ and test/<class>/")
+    common.add_argument(
+        "--data-path", metavar="DIR", type=_PATH, help="torchvision's layout, or train/<class>/ and test/<class>/"
+    )
     common.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
 
     checkpoint = _Parser(add_help=False)
-    checkpoint.add_argument("-e", "--checkpoint", metavar="CHECKPOINT", required=True)
+    checkpoint.add_argument("-e", "--checkpoint", metavar="CHECKPOINT", type=_PATH, required=True)
 
     trained = _Parser(add_help=False, parents=[checkpoint])
     trained.add_argument("--limit", type=int, metavar="N", help="use the first N test images only")
 
     sub = commands.add_parser("train", parents=[common], help="train a network by the published recipe")
     sub.add_argument("--model", choices=MODELS, required=True)
-    sub.add_argument("--results-dir", default="results", metavar="DIR")
+    sub.add_argument("--results-dir", default="results", metavar="DIR", type=_PATH)
     sub.add_argument("--save", metavar="NAME", help="the run's folder in --results-dir (the model's name by default)")
     sub.add_argument("--epochs", type=int, default=defaults.epochs)
     sub.add_argument("--batch-size", type=int, default=defaults.batch_size)
@@ -146,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the share of the cross-entropy's target that all classes get alike",
     )
     sub.add_argument(
-        "--teacher", metavar="CHECKPOINT", help="train to follow this network's outputs too (distillation)"
+        "--teacher", metavar="CHECKPOINT", type=_PATH, help="train to follow this network's outputs too (distillation)"
     )
     sub.add_argument(
         "--teacher-share",
@@ -162,8 +174,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T",
         help=f"of the teacher's and the network's softmax in that share ({defaults.temperature:g})",
     )
-    sub.add_argument("--start", metavar="CHECKPOINT", help="start from these weights instead of random ones")
-    sub.add_argument("--resume", nargs="?", const="", metavar="PATH", help="go on with an interrupted run")
+    sub.add_argument(
+        "--start", metavar="CHECKPOINT", type=_PATH, help="start from these weights instead of random ones"
+    )
+    sub.add_argument("--resume", nargs="?", const="", metavar="PATH", type=_PATH, help="go on with an interrupted run")
     sub.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
     sub.set_defaults(run=_train)
 
@@ -192,17 +206,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--out",
         metavar="FILE",
+        type=_PATH,
         help="a new file for every trial: FILE.sqlite is written as they finish, FILE.csv at the end",
     )
     sub.add_argument("--resume", action="store_true", help="go on with --out FILE.sqlite, if it is there")
     where = sub.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, metavar="N", help="run trials in N processes")
     where.add_argument("--cluster", metavar="ADDRESS", help="run trials on the cluster of this Dask scheduler")
-    sub.add_argument("--scratch", metavar="DIR", help="a folder that all workers see, for the network and the images")
+    sub.add_argument(
+        "--scratch", metavar="DIR", type=_PATH, help="a folder that all workers see, for the network and the images"
+    )
     sub.set_defaults(run=_damage)
 
     sub = commands.add_parser("pack", parents=[checkpoint], help="write a checkpoint with one bit a weight")
-    sub.add_argument("-o", "--output", metavar="FILE", required=True, help="a new file")
+    sub.add_argument("-o", "--output", metavar="FILE", type=_PATH, required=True, help="a new file")
     sub.set_defaults(run=_pack)
     return parser
 
@@ -226,50 +243,47 @@ def _load_data(arguments: argparse.Namespace) -> data.Dataset:
     if arguments.data_path == "":
         raise data.DataError("--data-path is empty, expected a folder")
     dataset = data.load(arguments.dataset, arguments.data_path)
+    if dataset.passed_over:
+        _say(f"{dataset.name}: {dataset.passed_over} hidden or system files and folders passed over")
     height, width = dataset.test.pixels.shape[2:]
     if height != width:
         raise data.DataError(f"{dataset.name}: its pictures are {width}x{height} pixels, the networks want squares")
     return dataset
 
 
+def _load(path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a checkpoint; of a training run's state, say which network is taken."""
+    model, facts = checkpoints.load(path)
+    if "epochs_trained" in facts:
+        so_far = f"{facts['epochs_trained']} of {facts['recipe']['epochs']} epochs"
+        _say(f"{path}: a run after {so_far}; its best network so far, of epoch {facts['epoch']}, is taken")
+    return model, facts
+
+
 def _load_trained(arguments: argparse.Namespace, packed: bool = False) -> tuple[nn.Module, data.Images]:
     """Return the network and the test images, normalized as it was trained with; `packed`: it shall be packed."""
-    model, facts = checkpoints.load(arguments.checkpoint)
+    model, facts = _load(arguments.checkpoint)
     if packed:
         _check_binarized(arguments.checkpoint, model)
-    images = _load_data(arguments).test.limit(arguments.limit)
-    _check_fits(arguments.checkpoint, facts["config"], images, arguments.dataset)
-    if "mean" in facts and "std" in facts:
-        images = dataclasses.replace(images, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
+    dataset = _load_data(arguments)
+    with _named(arguments.checkpoint):
+        dataset = dataset.as_trained(facts)
     device = _device(arguments.device)
-    return model.to(device), images.to(device)
+    return model.to(device), dataset.test.limit(arguments.limit).to(device)
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Say in what goes wrong with images which file's network they were to fit."""
+    try:
+        yield
+    except data.DataError as error:
+        raise data.DataError(f"{path}: {error}") from None
 
 
 def _check_binarized(path: str, model: nn.Module) -> None:
     if not binarized_weights(model):
         raise ValueError(f"{path}: is a float network, which cannot be packed")
-
-
-def _check_fits(path: str, config: dict[str, Any], images: data.Images, dataset: str) -> None:
-    """Raise ValueError where the network of a checkpoint is one for other images or classes."""
-    wanted = (config["in_channels"], config.get("input_size", images.pixels.shape[-1]), config["num_classes"])
-    seen = (images.pixels.shape[1], images.pixels.shape[-1], len(images.classes))
-    if wanted != seen:
-        described = "{} channels, {} pixels a side, {} classes"
-        raise ValueError(
-            f"{path}: its network wants {described.format(*wanted)}; {dataset} has {described.format(*seen)}"
-        )
-
-
-def _load_teacher(path: str, images: data.Images, dataset: str) -> nn.Module:
-    """Return the network of a checkpoint, which must be one for such images, normalized as they are."""
-    model, facts = checkpoints.load(path)
-    _check_fits(path, facts["config"], images, dataset)
-    for name in ("mean", "std"):
-        there, here = tuple(facts.get(name, getattr(images, name))), tuple(getattr(images, name))
-        if there != here:
-            raise ValueError(f"{path}: was trained on images normalized by the {name} {there}; {dataset} has {here}")
-    return model
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -281,8 +295,8 @@ def _train(arguments: argparse.Namespace) -> None:
         folder = folder.parent if folder.name == STATE_FILE else folder
     if resume and not (folder / STATE_FILE).is_file():
         raise ValueError(f"{folder}: holds no {STATE_FILE}, so there is nothing to resume")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume and not arguments.overwrite:
-        raise FileExistsError(f"{folder}: is there already; go on with --resume, replace with --overwrite, or --save")
+    free = resume or arguments.overwrite
+    _check_run(folder, free)
     if arguments.shortcut and arguments.model != "resnet_binary":
         raise ValueError(f"--shortcut is of resnet_binary, {arguments.model} has none")
     if parallel.launched() and arguments.device.startswith("cuda:"):
@@ -293,6 +307,29 @@ def _train(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
 
     dataset = _load_data(arguments)
+    teacher, start, extended = None, None, []
+    if arguments.teacher:
+        teacher, taught = _load(arguments.teacher)
+        with _named(arguments.teacher):
+            dataset = dataset.as_trained(taught)
+    if resume:  # an interrupted run has weights and a normalization of its own
+        before = state_facts(folder)
+        with _named(folder / STATE_FILE):
+            dataset = dataset.as_trained(before)
+        extended, begun_with = before.get("extended", []), before["recipe"]["epochs"]
+        if recipe.epochs > begun_with:
+            extended = [*extended, begun_with]
+            _say(
+                f"--epochs {recipe.epochs}, begun with {begun_with}: from the next epoch on, the learning rate follows "
+                f"the cosine of {recipe.epochs}; a run that begins with {recipe.epochs} would differ"
+            )
+    elif arguments.start:
+        start, begun = _load(arguments.start)
+        with _named(arguments.start):
+            dataset = dataset.as_trained(begun)
+    if teacher is not None:
+        with _named(arguments.teacher):
+            dataset.train.check_trained(taught)
     _, in_channels, _, size = dataset.train.pixels.shape
     torch.manual_seed(recipe.seed)
     config: dict[str, Any] = dict(num_classes=len(dataset.classes), width=arguments.width, in_channels=in_channels)
@@ -301,21 +338,19 @@ def _train(arguments: argparse.Namespace) -> None:
     if not arguments.binary:
         config["binary"] = False
     model = build(arguments.model, input_size=size, **config)
-    if arguments.start and not resume:  # an interrupted run has weights of its own
-        model = _started(arguments.start, model)
+    if start is not None:
+        model = _started(arguments.start, start, begun, model)
     model = model.to(device).to(memory_format=torch.channels_last)
-    teacher = None
-    if arguments.teacher:
-        teacher = _load_teacher(arguments.teacher, dataset.train, arguments.dataset)
+    if teacher is not None:
         teacher = teacher.to(device).to(memory_format=torch.channels_last)
     facts: dict[str, Any] = dict(
         dataset=dataset.name,
-        classes=dataset.classes,
-        mean=dataset.train.mean,
-        std=dataset.train.std,
+        **dataset.train.facts,
         recipe=dataclasses.asdict(recipe),
         device=str(device),
     )
+    if extended:
+        facts["extended"] = extended  # the numbers of epochs that it was begun and gone on with
     if device.type == "cpu":
         facts["threads"] = torch.get_num_threads()  # sums depend on how they are split
     if arguments.start:
@@ -327,39 +362,67 @@ def _train(arguments: argparse.Namespace) -> None:
         facts.update(epoch=row["epoch"], validation_accuracy=row["validation_accuracy"])
         checkpoints.save(folder / BEST_FILE, network, **facts)
 
-    if parallel.first():
-        what = arguments.model if arguments.binary else f"the float form of {arguments.model}"
-        print(f"training {what} at width {arguments.width:g} on {dataset.name}, into {folder}", flush=True)
-    with parallel.group(device):
-        history = train(
-            model,
-            dataset.to(device),
-            recipe,
-            folder=folder,
-            resume=resume,
-            on_best=keep,
-            on_epoch=_print_epoch,
-            teacher=teacher,
-        )
-    if not parallel.first():
-        return
-    best = history.loc[history.attrs["best_epoch"] - 1]
-    tested = evaluate(model, dataset.test.to(device))
-    facts.update(epoch=int(best["epoch"]), validation_accuracy=float(best["validation_accuracy"]))
-    facts.update(test_loss=tested.loss, test_accuracy=tested.accuracy, seconds=float(history["seconds"].sum()))
-    checkpoints.save(folder / BEST_FILE, model, **facts)
+    what = arguments.model if arguments.binary else f"the float form of {arguments.model}"
+    _say(f"training {what} at width {arguments.width:g} on {dataset.name}, into {folder}")
+    with _only_run(folder, free):
+        with parallel.group(device):
+            history = train(
+                model,
+                dataset.to(device),
+                recipe,
+                folder=folder,
+                resume=resume,
+                on_best=keep,
+                on_epoch=_print_epoch,
+                teacher=teacher,
+            )
+        if not parallel.first():
+            return
+        best = history.loc[history.attrs["best_epoch"] - 1]
+        tested = evaluate(model, dataset.test.to(device))
+        facts.update(epoch=int(best["epoch"]), validation_accuracy=float(best["validation_accuracy"]))
+        facts.update(test_loss=tested.loss, test_accuracy=tested.accuracy, seconds=float(history["seconds"].sum()))
+        checkpoints.save(folder / BEST_FILE, model, **facts)
     print(f"best epoch {best['epoch']:.0f}: validation acc {best['validation_accuracy']:.4f}")
     print(f"test: {_described(tested)} on {len(dataset.test)} images of {dataset.name}")
     print(f"kept: {folder / BEST_FILE}")
 
 
-def _started(path: str, wanted: nn.Module) -> nn.Module:
-    """Return the network of a checkpoint, which must be of the name and the shape that is wanted.
+def _check_run(folder: Path, free: bool) -> None:
+    """Raise FileExistsError where a run is in a folder, unless that is free to be gone on with or replaced."""
+    if folder.exists() and not free and (not folder.is_dir() or {x.name for x in folder.iterdir()} - {LOCK_FILE}):
+        raise FileExistsError(f"{folder}: is there already; go on with --resume, replace with --overwrite, or --save")
+
+
+@contextmanager
+def _only_run(folder: Path, free: bool) -> Iterator[None]:
+    """Be the only run that trains into a folder, until the context ends; of several processes of a run, the first."""
+    if not parallel.first():
+        yield
+        return
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    held = BlockingIOError(f"{folder}: another process is training into this folder; wait for it, or --save elsewhere")
+    try:
+        with only_one(folder / LOCK_FILE, held):
+            _check_run(folder, free)  # since it was checked, another run may have begun and ended
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows keeps a file that is open
+                    (folder / LOCK_FILE).unlink()
+    finally:
+        for path in absent:  # nothing is left where nothing was written
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _started(path: str, model: nn.Module, facts: dict[str, Any], wanted: nn.Module) -> nn.Module:
+    """Return the network `model` of a checkpoint, which must be of the name and the shape that is wanted.
 
     A file of one bit a weight tells signs alone. Its latent weights get the sizes of those in `wanted`, a network not
     trained yet: of size 1, no step of a small learning rate would turn a sign.
     """
-    model, facts = checkpoints.load(path)
     before, here = ({"network": network.name, "binary": True, **network.config} for network in (model, wanted))  # type: ignore[dict-item]
     differing = [f"{key} {before.get(key)!r} there, {here[key]!r} here" for key in here if before.get(key) != here[key]]
     if differing:
@@ -408,7 +471,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.exists():
         raise FileExistsError(f"{output}: is there already; name another file")
-    model, facts = checkpoints.load(arguments.checkpoint)
+    model, facts = _load(arguments.checkpoint)
     _check_binarized(arguments.checkpoint, model)
     pack(model)  # what cannot be packed is told before anything is written
     checkpoints.save_packed(output, model, **{key: facts[key] for key in facts if key != "versions"})
@@ -581,8 +644,7 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2e}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+def _run(arguments: Sequence[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -590,6 +652,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parallel.first():
             print("interrupted; what was finished is kept", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, campaign.WorkerError, parallel.ProcessError) as error:
         message = f"python -m bnn_utils {parsed.command}: error: {' '.join(str(error).split())}"
         if isinstance(error, parallel.ProcessError):  # the first may be the one that has ended
@@ -598,6 +662,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _tell(message)
         return 2
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted.
+
+    Where the reader of a pipe has gone, as in `| head`, it ends without a word and returns 141, as shells tell it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a ± that a terminal cannot show is no reason to fail
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # at the end of the process it would be too late to answer
+    except OSError as error:  # of printing: all else is told above
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python flushes as it ends
+        if isinstance(error, BrokenPipeError):
+            return UNREAD
+        print(f"python -m bnn_utils: error: cannot print ({error.strerror})", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

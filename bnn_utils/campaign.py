@@ -43,7 +43,7 @@ from bnn_utils.packed import PackedModel, State, deployed, pack
 from bnn_utils.repair import REPAIRS, Plan
 from bnn_utils.results import Results, Row
 from bnn_utils.system import progress_bar, write_beside
-from bnn_utils.training import Evaluation, batches, evaluate, score
+from bnn_utils.training import Evaluation, batches, evaluate, score, trained_on
 
 COLUMNS = list(results.COLUMNS)
 TASK_SECONDS, MOST_TASKS = 1.0, 1000  # how long a task should take; how many a probability has at most, between looks
@@ -565,8 +565,8 @@ def run(
     Args:
         model: a network on the device of `data`; it is given back unharmed. On the CPU a network of
             `bnn_utils.models` computes in its packed form, whose predictions are the same.
-        data: the images to evaluate on. On the CPU, what the layers before the first target make of them is computed
-            once and kept, up to KEPT_BYTES.
+        data: the images to evaluate on; for a network from a file, `images.as_trained(facts)`. On the CPU, what the
+            layers before the first target make of them is computed once and kept, up to KEPT_BYTES.
         probabilities: bit error probabilities, each in [0, 1].
         trials: independent draws of errors at each probability, at least 1; with `until`, the most.
         storage: "float32" damages the floats, "packed" what `bnn_utils.packed.pack(model)` stores (on the CPU).
@@ -594,8 +594,8 @@ def run(
         network alone, accuracy in 0..1, loss in nats (NaN or infinite where the damaged network puts out such logits).
 
     Raises:
-        ValueError: an argument outside its range, an unknown storage, repair, target or error model, or an executor
-            for a network on a GPU.
+        ValueError: an argument outside its range, an unknown storage, repair, target or error model, an executor
+            for a network on a GPU, or images that are not as the network was trained on.
         TypeError: storage "packed" of a network that cannot be packed.
         FileExistsError: `out` is there already.
         FileNotFoundError: the folder of `out`, or scratch, is not there.
@@ -606,6 +606,7 @@ def run(
     probabilities = [check_probability(probability) + 0.0 for probability in probabilities]  # one form of zero
     repairs = tuple(repairs)
     _check(probabilities, trials, storage, repairs, seed, until, least)
+    data.check_trained(trained_on(model))
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     with inject(pack(model) if storage == "packed" else model, 0, seed=0, targets=targets, error=error):
         pass  # what is wrong with targets or error is told before anything is written
@@ -774,14 +775,32 @@ def intervals(table: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-def aggregate(table: pd.DataFrame) -> pd.DataFrame:
+def aggregate(table: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """Return mean and 95% interval of a campaign's trials, one row a network, data set, storage, repair, probability.
 
-    Columns: those five, trials, flips (mean number), not_finite (trials whose loss is NaN or infinite), loss and
-    accuracy (means), loss_half and accuracy_half (half-widths of their 95% intervals). A mean over finite losses
-    alone would hide the worst trials, so a loss that is not finite makes the mean so too; see `median_interval`.
+    Args:
+        table: the rows of one campaign, or of several put together.
+        by: more columns that tell settings apart: targets, or the file of networks that bear one name.
+
+    Returns:
+        Those five columns and `by`, trials, flips (mean number), not_finite (trials whose loss is NaN or infinite),
+        loss and accuracy (means), loss_half and accuracy_half (half-widths of their 95% intervals). A mean over finite
+        losses alone would hide the worst trials, so a loss that is not finite makes the mean so too; see
+        `median_interval`.
+
+    Raises:
+        ValueError: two rows of one setting are of the same trial: counted twice, it would narrow the intervals.
     """
-    keys = ["network", "dataset", "storage", "repair", "probability"]
+    keys = ["network", "dataset", "storage", "repair", "probability", *by]
+    twice = table.duplicated([*keys, "trial", "seed"])
+    if twice.any():
+        row = table[twice].iloc[0]
+        which = ", ".join(f"{name} {row[name]}" for name in (*keys, "trial", "seed"))
+        raise ValueError(
+            f"{twice.sum()} of {len(table)} rows are of trials that the table has already (the first: {which}); "
+            "drop_duplicates drops rows that are there twice, and a column that tells campaigns apart, such as targets "
+            'or the file of a network, is named in by=["column"]'
+        )
     table = table.assign(not_finite=~np.isfinite(table["loss"]))
     means = table.groupby(keys, sort=False).agg(
         trials=("trial", "size"), flips=("flips", "mean"), not_finite=("not_finite", "sum")

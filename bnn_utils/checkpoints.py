@@ -28,6 +28,9 @@ PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints"  # of the repos
 SUMS, NETWORK_FILE = "SHA256SUMS", "network.safetensors"
 _PUBLISHED_NORMALIZATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
+# What stands before the names of a state_dict that was saved from a wrapper of the network, or of a part of it.
+_WRAPPERS = re.compile(r"^model\.|\b(?:module|_orig_mod|_fsdp_wrapped_module)\.")
+
 
 class CheckpointError(ValueError):
     """A file does not hold a network that can be used; the message says which file and why."""
@@ -36,8 +39,8 @@ class CheckpointError(ValueError):
 def save(path: str | os.PathLike[str], model: nn.Module, **facts: Any) -> None:
     """Write `model` and what is known of it to one safetensors file, whole or not at all.
 
-    The header gets `facts` and, by itself: network, config (the arguments that build it again), versions; and a
-    SHA-256 checksum of facts and tensors.
+    The header gets `facts` and, by itself: network, config (the arguments that build it again), versions; of a network
+    that was loaded, mean, std and classes too; and a SHA-256 checksum of facts and tensors.
 
     Args:
         path: of the file; one that is there is replaced.
@@ -73,6 +76,8 @@ def _save(path: str | os.PathLike[str], model: nn.Module, state: dict[str, Tenso
     if name is None or config is None or (config.get("binary", True) and not binarized_weights(model)):
         raise TypeError(f"only networks of bnn_utils.models can be saved, got {type(model).__name__}")
     versions = {"bnn_utils": bnn_utils.__version__, "torch": torch.__version__}
+    known = getattr(model, "trained_on", {})
+    facts = {key: known[key] for key in ("mean", "std", "classes") if key in known} | facts
     described = json.dumps({"network": name, "config": config, **facts, "versions": versions})
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     header = {"format": FORMAT, "facts": described, "sha256": checksum(described, tensors)}
@@ -95,11 +100,14 @@ def checksum(facts: str, tensors: dict[str, Tensor]) -> str:
 def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     """Read a network and its facts; loading runs no code from the file.
 
-    Reads what `save` and `save_packed` wrote, and checkpoints of BinaryNet.pytorch (model_best.pth.tar), whose size is
-    told from the shapes of their tensors.
+    Reads what `save` and `save_packed` wrote; last.pt of `bnn_utils.training.train`, of which it takes the network of
+    the best epoch; and checkpoints of BinaryNet.pytorch (model_best.pth.tar) and bare state_dicts, whose size is told
+    from the shapes of their tensors. What torch.compile, DataParallel and their like put before names is taken off.
 
     Returns:
-        (model in evaluation mode on the CPU, facts): facts hold at least network and config.
+        (model in evaluation mode on the CPU, facts): facts hold at least network and config. The network keeps them as
+        `model.trained_on`, by which evaluation, campaigns and training refuse images that are not prepared by
+        `images.as_trained(facts)`. To train it for others, set `model.trained_on = {}`.
 
     Raises:
         CheckpointError: the file is missing, cut short or changed, of another format or network, or would run code.
@@ -114,6 +122,7 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
         state, facts = _read_published(file)
     else:
         state, facts = _read_safetensors(file)
+    state = {_WRAPPERS.sub("", key): value for key, value in state.items()}
     try:
         model = build(facts["network"], **facts["config"])
         if facts.get("packed"):
@@ -124,6 +133,7 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file}: its tensors are not those of the network it names ({reason[:300]})") from None
+    model.trained_on = facts  # type: ignore[assignment]
     return model.eval(), facts
 
 
@@ -186,16 +196,36 @@ def _read_published(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as error:  # torch raises many kinds for a file that is cut short or damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file}: is broken or not a checkpoint ({reason})") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    content = content if isinstance(content, dict) else {}
+    if "identity" in content:
+        return _read_state(file, content)
+    state = next((content[key] for key in ("state_dict", "model_state_dict", "model") if key in content), content)
+    if not isinstance(state, dict):
         raise CheckpointError(f"{file}: holds no state_dict of a network")
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
-    facts = {**_recognize(file, state), "source": "BinaryNet.pytorch"}
-    if facts["config"]["in_channels"] == len(_PUBLISHED_NORMALIZATION["mean"]):
-        facts.update(_PUBLISHED_NORMALIZATION)
+    wrapped = {str(key).removeprefix("module."): value for key, value in state.items()}
+    state = {_WRAPPERS.sub("", key): value for key, value in wrapped.items() if key != "n_averaged"}
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{file}: holds no state_dict of a network")
+    facts = _recognize(file, state)
+    if "state_dict" in content and state.keys() == wrapped.keys():  # others do not tell how images were normalized
+        facts["source"] = "BinaryNet.pytorch"
+        if facts["config"]["in_channels"] == len(_PUBLISHED_NORMALIZATION["mean"]):
+            facts.update(_PUBLISHED_NORMALIZATION)
     if isinstance(content.get("epoch"), int):
         facts["epochs"] = content["epoch"]
     return state, facts
+
+
+def _read_state(file: Path, content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take the network of the best epoch from the state of a training run."""
+    try:
+        facts, best = content["facts"], content["best"]
+        told = {"network": facts["network"], "epoch": best["epoch"], "epochs_trained": len(content["rows"])}
+        return best["state"], {**facts, **told, "validation_accuracy": best["score"][0]}
+    except (KeyError, TypeError, IndexError):
+        raise CheckpointError(
+            f"{file}: is the state of a training run that does not tell its network; take best.safetensors beside it"
+        ) from None
 
 
 def _recognize(file: Path, state: dict[str, Tensor]) -> dict[str, Any]:

@@ -336,6 +336,7 @@ class PackedModel(nn.Module):
     ):
         super().__init__()
         self.name, self.config = model.name, dict(model.config)
+        self.trained_on = getattr(model, "trained_on", {})  # see `bnn_utils.checkpoints.load`
         self.engine, self.stages = engine, stages
 
     def _packed(self, model: Any, stage: int) -> dict[str, nn.Module]:

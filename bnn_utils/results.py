@@ -16,9 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from bnn_utils.system import write_beside
+from bnn_utils.system import only_one, write_beside
 
 Row = dict[str, Any]
 
@@ -99,7 +97,8 @@ def opened(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> Iter
         OSError: the file cannot be made.
     """
     path = Path(path)
-    with _only_writer(path):
+    held = ResultsError(f"{path}: another process is writing this file; wait for it, or name another file")
+    with only_one(path.with_name(f"{path.name}.lock"), held):
         if not path.exists():
             # SQLite would take a journal that a deleted file has left behind for that of the new one.
             path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
@@ -110,21 +109,6 @@ def opened(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> Iter
             raise _damaged(path, error) from None
         with closing(connection):
             yield Results(path, connection, fingerprint)
-
-
-@contextmanager
-def _only_writer(path: Path) -> Iterator[None]:
-    lock = FileLock(path.with_name(f"{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ResultsError(f"{path}: another process is writing this file; wait for it, or name another file") from None
-    except (OSError, NotImplementedError) as error:
-        raise OSError(f"{path}: cannot be locked for writing ({error})") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _connected(path: Path) -> sqlite3.Connection:

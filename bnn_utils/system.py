@@ -3,10 +3,12 @@
 import ctypes
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 
@@ -19,6 +21,27 @@ def write_beside(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_one(path: Path, held: Exception) -> Iterator[None]:
+    """Lock the file `path`, made if it is not there, until the context ends or the process is killed.
+
+    Raises:
+        held: what to raise where another process has locked it.
+        OSError: it cannot be made or locked.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise held from None
+    except (OSError, NotImplementedError) as error:
+        raise OSError(f"{path}: cannot be locked for writing ({error})") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def keep_freed_memory() -> None:

@@ -126,8 +126,8 @@ class Recipe:
             raise ValueError(f"unknown optimizer {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**64:  # torch takes no more
+            raise ValueError(f"seed must lie in [0, 2**64), got {self.seed}")
         if not 0 <= self.damage_rate < 1:
             raise ValueError(f"damage_rate must lie in [0, 1), got {self.damage_rate}")
         if not 0 <= self.damage_spare <= 1:
@@ -161,6 +161,11 @@ _ALWAYS = ("epochs", "batch_size", "lr", "weight_decay", "optimizer", "precision
 _LATER = {"binary": True} | {field.name: field.default for field in fields(Recipe) if field.name not in _ALWAYS}
 
 
+def trained_on(model: nn.Module) -> dict[str, Any]:
+    """Return what a network that `bnn_utils.checkpoints.load` returned knows of its images; nothing of another one."""
+    return getattr(model, "trained_on", {})
+
+
 def batches(images: Images, batch_size: int = 500) -> Iterator[Tensor]:
     """Yield the images in order, as a network takes them: (batch, channels, height, width), channels last."""
     for start in range(0, len(images), batch_size):
@@ -169,7 +174,12 @@ def batches(images: Images, batch_size: int = 500) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Images, batch_size: int = 500) -> Tensor:
-    """Return the logits (n, classes) of `model` in evaluation mode; model and images lie on one device."""
+    """Return the logits (n, classes) of `model` in evaluation mode; model and images lie on one device.
+
+    Raises:
+        bnn_utils.data.DataError: the model comes from a file, and the images are not as it was trained on.
+    """
+    images.check_trained(trained_on(model))
     training = model.training
     model.eval()
     try:
@@ -446,15 +456,33 @@ def _score(row: dict[str, Any]) -> tuple[float, float]:
     return row["validation_accuracy"], -row["validation_loss"]
 
 
-def _resume(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def _state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before = state["identity"]
+        return {"facts": {}, **state, "identity": dict(state["identity"])}  # facts came later
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file, so there is nothing to resume") from None
     except Exception as error:  # torch raises many kinds for a file that is cut short or of another format
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not the state of a training run ({reason})") from None
+
+
+def state_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the facts of the run in `folder` as its last finished epoch left them; of an old file, its epochs alone.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    state = _state(Path(folder) / STATE_FILE)
+    return {"recipe": {"epochs": state["identity"].get("epochs", math.inf)}, **state["facts"]}
+
+
+def _resume(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    state = _state(path)
+    before = state["identity"]
+    if identity["epochs"] > before.get("epochs", math.inf):
+        state["facts"]["extended"] = [*state["facts"].get("extended", ()), before["epochs"]]
+        before["epochs"] = identity["epochs"]
     differing = [
         f"{key} {before.get(key, _LATER.get(key))!r} there, {identity.get(key, _LATER.get(key))!r} here"
         for key in {**before, **identity}
@@ -488,9 +516,11 @@ def train(
         model: a binarized network, or a float one, on the device of `data`.
         data: its three parts.
         recipe: see Recipe; None is the published one.
-        folder: where to keep last.pt (to resume from) and history.csv after every epoch; None keeps nothing.
+        folder: where to keep last.pt (to resume from; `bnn_utils.checkpoints.load` reads it too) and history.csv after
+            every epoch; None keeps nothing.
         resume: go on from the last finished epoch in `folder`. On the CPU, with the same number of threads, the
-            result is that of an uninterrupted run.
+            result is that of an uninterrupted run; not so if the recipe has more epochs than before: the learning rate
+            then follows the cosine of their new number, from the next epoch on.
         on_best: called with (model, history row) after every epoch that is the best so far.
         on_epoch: called with the history row after every epoch.
         after_step: called with the model after every optimizer step and clamp; what it changes stays changed. Where
@@ -510,7 +540,8 @@ def train(
 
     Raises:
         ValueError: `folder` holds no run that this one could resume, or a batch cannot be shared equally; a teacher
-            without a share, or a share without a teacher; errors for a network that has no binarized weights.
+            without a share, or a share without a teacher; errors for a network that has no binarized weights; images
+            that are not as those that the model, the teacher or the run was trained on, see `Images.as_trained`.
         bnn_utils.parallel.ProcessError: another of several processes has ended.
 
     Source: Hubara et al., 2016, algorithm 1; Adam at 5e-3, no weight decay and batch 256 are the published recipe.
@@ -523,9 +554,14 @@ def train(
         raise ValueError(f"teacher_share {recipe.teacher_share} needs a teacher, got none")
     if recipe.damage_rate and not binarized_weights(model):
         raise ValueError(f"damage_rate {recipe.damage_rate} flips binarized weights, and this network has none")
+    data.train.check_trained(trained_on(model))
     if teacher is not None:
+        data.train.check_trained(trained_on(teacher))
         teacher.eval()
     identity = _identity(model, data, recipe, teacher)
+    facts = {"dataset": data.name, **data.train.facts, "recipe": asdict(recipe)}
+    if (config := getattr(model, "config", None)) is not None:  # so that `bnn_utils.checkpoints.load` can build it
+        facts |= {"network": getattr(model, "name", ""), "config": dict(config)}
     optimizer = _optimizer(model, recipe)
     batch = min(recipe.batch_size, len(data.train))
     if batch % parallel.processes():
@@ -539,6 +575,8 @@ def train(
         if folder is None:
             raise ValueError("resume needs the folder of the run")
         state = _resume(Path(folder) / STATE_FILE, identity)
+        data.train.check_trained(state["facts"])
+        facts |= {key: value for key, value in state["facts"].items() if key == "extended"}
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         rows, damaging = state["rows"], state.get("damaging", False)
@@ -580,7 +618,7 @@ def train(
                 on_best(model, row)
         damaging = damaging or (recipe.damage_rate > 0 and entropy < recipe.damage_below)
         if folder is not None:
-            state = dict(identity=identity, rows=rows, best=best, damaging=damaging)
+            state = dict(identity=identity, facts=facts, rows=rows, best=best, damaging=damaging)
             state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
             write_beside(Path(folder) / STATE_FILE, partial(torch.save, state))
             write_beside(Path(folder) / HISTORY_FILE, partial(pd.DataFrame(rows).to_csv, index=False))

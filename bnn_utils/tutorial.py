@@ -119,9 +119,7 @@ class Settings:
         """Return the profile's images, on the device; for pretrained networks normalized as in their training."""
         loaded = data.load(self.sizes.dataset, self.data_path).to(self.device)
         if self.sizes.pretrained:
-            _, facts = checkpoints.pretrained(SHIPPED["vgg_cifar10_binary"])
-            seen = dict(mean=tuple(facts["mean"]), std=tuple(facts["std"]))
-            loaded = replace(loaded, **{part: replace(getattr(loaded, part), **seen) for part in data.PARTS})
+            loaded = loaded.as_trained(checkpoints.pretrained(SHIPPED["vgg_cifar10_binary"])[1])
         self.data_name = loaded.name
         return loaded
 
@@ -168,7 +166,7 @@ class Settings:
                 return kept.to(self.device)
         train(model, dataset, self.sizes.recipe)
         self.networks.mkdir(parents=True, exist_ok=True)
-        checkpoints.save(path, model, **facts)
+        checkpoints.save(path, model, **facts, **dataset.train.facts)
         return model
 
     def sweep(
@@ -256,6 +254,10 @@ class Settings:
         write_beside(self.figures / f"{name}.csv", partial(table.to_csv, index=False))
 
 
+def _folder(variable: str, default: Path) -> Path:
+    return Path(os.path.expanduser(os.environ.get(variable, default)))
+
+
 def start() -> Settings:
     """Read the profile from BNN_PROFILE (default quick), set the style and the seed, and say what was chosen.
 
@@ -275,9 +277,9 @@ def start() -> Settings:
     torch.manual_seed(seed)
     root = Path(__file__).resolve().parents[1]
     base = root if (root / "pyproject.toml").is_file() else Path.cwd()  # installed without the repository around it
-    figures = Path(os.environ.get("BNN_FIGURES", base / "figures")) / profile
-    networks = Path(os.environ.get("BNN_NETWORKS", base / "executed" / "networks")) / profile
-    data_path = Path(os.environ.get("BNN_DATA", base / "data"))
+    figures = _folder("BNN_FIGURES", base / "figures") / profile
+    networks = _folder("BNN_NETWORKS", base / "executed" / "networks") / profile
+    data_path = _folder("BNN_DATA", base / "data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     version, threads = torch.__version__.split("+")[0], torch.get_num_threads()
     print(f"profile {profile}, seed {seed}, torch {version}, device {device}, threads {threads}")

@@ -995,6 +995,27 @@ def test_aggregate_of_a_campaign(model, images):
     assert means["trials"].eq(3).all()
 
 
+def test_aggregate_of_campaigns_put_together(model, images):
+    first, more = (run(model, images, [1e-2], 4, seed=seed) for seed in (0, 1))
+    both = aggregate(pd.concat([first, more]))  # of other seeds, so these are eight trials
+    values = pd.concat([first, more])["accuracy"]
+    half = stats.t.ppf(0.975, 7) * stats.sem(values)
+    assert both["trials"].tolist() == [8]
+    assert both[["accuracy", "accuracy_half"]].to_numpy()[0] == pytest.approx((values.mean(), half))
+    other = first.assign(network="another")
+    assert aggregate(pd.concat([first, other]))["trials"].tolist() == [4, 4]
+
+    with pytest.raises(ValueError, match=rf"1 of 5 rows .*network {model.name}, .*trial 2, seed \d+\); drop_"):
+        aggregate(pd.concat([first, first[2:3]]))
+    wider = vgg_cifar10_binary(width=0.04, in_channels=1, input_size=8).eval()  # of the same name
+    named = pd.concat([first.assign(file="a"), run(wider, images, [1e-2], 4).assign(file="b")])
+    with pytest.raises(ValueError, match=r'4 of 8 rows .*by=\["column"\]'):
+        aggregate(named)
+    means = aggregate(named, by=["file"])
+    assert means["trials"].tolist() == [4, 4]
+    assert means["accuracy"].tolist() == pytest.approx(named.groupby("file")["accuracy"].mean().tolist())
+
+
 def test_median_interval_uses_the_ranks_that_the_binomial_distribution_gives():
     for n in (9, 20, 31):
         values = np.random.default_rng(n).permutation(np.arange(n) ** 3.0)

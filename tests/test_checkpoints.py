@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, broken ones are told in one line, and none of them runs code."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import pickle
 import struct
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnn_utils
-from bnn_utils import checkpoints
+from bnn_utils import campaign, checkpoints, data, training
 from bnn_utils.checkpoints import CheckpointError, load, pretrained, save, save_packed
+from bnn_utils.data import DataError, Images
 from bnn_utils.layers import binarized_weights
 from bnn_utils.models import build, resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import pack
@@ -420,6 +423,39 @@ def test_a_bare_state_dict_and_old_files_without_batch_counters(tmp_path):
     assert torch.equal(logits(load(tmp_path / "a")[0]), logits(model))
 
 
+WRAPPERS = {
+    "compiled": torch.compile,
+    "DataParallel": nn.DataParallel,
+    "an average": torch.optim.swa_utils.AveragedModel,
+    "compiled and parallel": lambda model: nn.DataParallel(torch.compile(model)),
+    "parallel and compiled": lambda model: torch.compile(nn.DataParallel(model)),
+    "a module of another": lambda model: nn.ModuleDict({"model": model}),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", None])
+def test_files_of_wrapped_networks_load(tmp_path, name, key):
+    model = shuffle_statistics(vgg(in_channels=3))
+    state = WRAPPERS[name](copy.deepcopy(model)).state_dict()
+    assert not state.keys() & model.state_dict().keys()
+    torch.save(state if key is None else {key: state, "epoch": 4}, tmp_path / "a")
+    loaded, facts = load(tmp_path / "a")
+    assert bits_of(loaded) == bits_of(model)
+    # Of these, only one is a form in which BinaryNet.pytorch writes, whose normalization is known.
+    assert ("mean" in facts) == (key == "state_dict" and name == "DataParallel")
+
+
+def test_a_network_with_a_compiled_part_loads(tmp_path):
+    model = shuffle_statistics(vgg())
+    wrapped = copy.deepcopy(model)
+    wrapped.features = torch.compile(wrapped.features)
+    torch.save(wrapped.state_dict(), tmp_path / "a")
+    assert bits_of(load(tmp_path / "a")[0]) == bits_of(model)
+    save(tmp_path / "b", torch.compile(copy.deepcopy(model)))
+    assert bits_of(load(tmp_path / "b")[0]) == bits_of(model)
+
+
 def test_published_and_own_form_of_one_network(tmp_path):
     model = shuffle_statistics(resnet())
     torch.save(published(model), tmp_path / "a")
@@ -551,3 +587,105 @@ def test_pretrained_names_what_is_missing(shop, tmp_path_factory):
 def test_every_pretrained_network_loads_by_name(name):
     model, facts = pretrained(name)
     assert model.name == facts["network"] and 0.5 < facts["test_accuracy"] < 1
+
+
+# The images that a network was trained on
+
+
+def by_hand(model, images, mean, std):
+    """Accuracy and loss of a network on grey images, normalized here."""
+    x = (images.pixels.double() / 255 - mean) / std
+    with torch.no_grad():
+        logits = model(x.float()).double()
+    loss = nn.functional.cross_entropy(logits, images.labels).item()
+    return pytest.approx((loss, (logits.argmax(1) == images.labels).double().mean().item()), rel=1e-5)
+
+
+@pytest.fixture
+def scaled(tmp_path):
+    """A network that was trained on digits of another normalization than their own, with its facts."""
+    facts = dict(mean=[0.75], std=[2.0], classes=list("0123456789"))
+    save(tmp_path / "scaled.safetensors", shuffle_statistics(vgg()), **facts)
+    return load(tmp_path / "scaled.safetensors")
+
+
+def test_every_evaluation_refuses_images_of_another_normalization(scaled, tmp_path):
+    (model, facts), digits = scaled, data.digits()
+    test, out = digits.test, tmp_path / "trials.csv"
+    told = (
+        r"digits is normalized by the mean \(0\.3\d*,\), the network .* by the mean \(0\.75,\); .*as_trained\(facts\)"
+    )
+    for network in (model, pack(model), copy.deepcopy(model)):
+        with pytest.raises(DataError, match=told):
+            training.evaluate(network, test)
+    for storage in ("float32", "packed"):
+        with pytest.raises(DataError, match=told):
+            campaign.run(model, test, [1e-2], 1, storage=storage, out=out)
+    assert not out.exists()
+    with pytest.raises(DataError, match=told):
+        training.train(model, digits, training.Recipe(epochs=1))
+    with pytest.raises(DataError, match=told):
+        training.train(vgg(seed=1), digits, training.Recipe(epochs=1, teacher_share=0.5), teacher=model)
+
+    prepared = test.as_trained(facts)
+    right = by_hand(model, test, 0.75, 2.0)
+    assert by_hand(model, test, test.mean[0], test.std[0]) != right  # it matters
+    assert tuple(training.evaluate(model, prepared)) == right
+    assert tuple(training.evaluate(pack(model), prepared)) == right
+    table = campaign.run(model, prepared, [0.0], 1)
+    assert tuple(table[["loss", "accuracy"]].iloc[0]) == right
+    assert digits.as_trained(facts).validation.mean == (0.75,)
+
+    model.trained_on = {}  # to train it for others, on purpose
+    assert tuple(training.evaluate(model, test)) == by_hand(model, test, test.mean[0], test.std[0])
+
+
+def test_what_a_network_was_trained_on_is_saved_with_it_again(scaled, tmp_path):
+    model, facts = scaled
+    save(tmp_path / "again.safetensors", model, dataset="digits")
+    again = load(tmp_path / "again.safetensors")[1]
+    assert {key: again[key] for key in ("mean", "std", "classes")} == {
+        key: facts[key] for key in ("mean", "std", "classes")
+    }
+    save(tmp_path / "other.safetensors", model, mean=[0.1])
+    assert load(tmp_path / "other.safetensors")[1]["mean"] == [0.1]
+
+
+def renamed(images, names):
+    return replace(images, classes=tuple(names))
+
+
+def test_classes_are_those_of_the_network_in_its_order(scaled):
+    (model, facts), test = scaled, data.digits().test
+    words = ["Zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine_or g"]
+    facts = facts | {"classes": words}
+    model.trained_on = facts
+    same = renamed(test, ["zero", "One", "two", "THREE", "four", "five", "six", "seven", "eight", "Nine or G"])
+    training.evaluate(model, same.as_trained(facts))
+    for other in (["zero", *words[1:3], "tree", *words[4:]], [words[1], words[0], *words[2:]]):
+        with pytest.raises(DataError) as caught:
+            renamed(test, other).as_trained(facts)
+        assert all(", ".join(names) in str(caught.value) for names in (other, words))
+        prepared = replace(renamed(test, other), mean=(0.75,), std=(2.0,))
+        with pytest.raises(DataError, match="has the classes"):
+            training.evaluate(model, prepared)
+    with pytest.raises(DataError, match=r"wants 1 channels, 8 pixels a side, 10 classes; digits has .* 3 classes"):
+        renamed(test, "abc").as_trained(facts)
+
+
+def test_a_published_file_tells_the_number_of_classes_alone(tmp_path):
+    torch.save({"state_dict": vgg(in_channels=3).state_dict()}, tmp_path / "model_best.pth.tar")
+    _, facts = load(tmp_path / "model_best.pth.tar")
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    images = Images(pixels, torch.zeros(2, dtype=torch.int64), (0.0,) * 3, (1.0,) * 3, "zoo", tuple("abcdefghij"))
+    prepared = images.as_trained(facts)
+    assert prepared.mean == (0.485, 0.456, 0.406) and prepared.std == (0.229, 0.224, 0.225)
+    assert prepared.classes == images.classes
+    with pytest.raises(DataError, match="10 classes; zoo has 3 channels, 8 pixels a side, 2 classes"):
+        renamed(images, "ab").as_trained(facts)
+
+
+def test_facts_that_do_not_tell_leave_images_as_they_are():
+    test = data.digits().test
+    assert test.as_trained({}).facts == test.facts
+    training.evaluate(vgg(), replace(test, mean=(0.9,)))  # trained nowhere, it knows nothing

@@ -105,6 +105,7 @@ def world(tmp_path_factory):
         checkpoints.save(world / f"{name}.safetensors", model)
     model, _ = checkpoints.load(world / "float.safetensors")
     checkpoints.save(world / "scaled.safetensors", model, mean=[0.5], std=[0.5])
+    checkpoints.save(world / "named.safetensors", model, classes=["zero", *"123456789"])
     (world / "results/broken-state").mkdir()
     state = (world / "results/run/last.pt").read_bytes()
     (world / "results/broken-state/last.pt").write_bytes(state[: len(state) // 2])
@@ -242,6 +243,57 @@ def test_evaluate_a_published_checkpoint_on_pictures(world, tmp_path, capsys):
     with torch.no_grad():
         loss = nn.functional.cross_entropy(model(x), torch.tensor([0, 0, 0, 1, 1, 1])).item()
     assert f"loss {loss:.4f}" in capsys.readouterr().out
+
+
+def normalized_by(path, mean, std):
+    """Whether a file tells this normalization, and its network has the accuracy that the file says with it."""
+    network, facts = checkpoints.load(path)
+    test = data.digits().test
+    with torch.no_grad():
+        right = network(((test.pixels.double() / 255 - mean) / std).float()).argmax(1) == test.labels
+    accuracy = right.double().mean().item()
+    return (facts["mean"], facts["std"]) == ([mean], [std]) and accuracy == pytest.approx(facts["test_accuracy"])
+
+
+def test_images_are_prepared_as_the_network_was_trained(tmp_path, capsys):
+    other = dict(mean=[0.6], std=[2.0])
+    for name, binary in (("begun", True), ("taught", False)):
+        torch.manual_seed(0)
+        network = vgg_cifar10_binary(width=0.05, in_channels=1, input_size=8, binary=binary)
+        test = data.digits().as_trained(other)
+        train(network, test, Recipe(epochs=2, batch_size=128), progress=False)
+        checkpoints.save(tmp_path / f"{name}.safetensors", network, **other)
+    begun = checkpoints.load(tmp_path / "begun.safetensors")[0]
+    with torch.no_grad():
+        logits = begun(((test.test.pixels.double() / 255 - 0.6) / 2).float())
+    loss = nn.functional.cross_entropy(logits, test.test.labels).item()
+    accuracy = (logits.argmax(1) == test.test.labels).double().mean().item()
+    for command in ("evaluate", "damage --probabilities 0 --trials 1 --repair none", "evaluate --packed"):
+        assert run([*command.split(), "-e", tmp_path / "begun.safetensors", "--dataset", "digits"]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(rf"loss \{{?{loss:.3f}\d?.*acc \{{?{accuracy:.3f}", printed.replace(":{", " {")), printed
+
+    go = [*TRAIN, "--epochs", 2, "--results-dir", tmp_path, "--save"]
+    assert run([*go, "further", "--start", tmp_path / "begun.safetensors"]) == 0
+    assert normalized_by(tmp_path / "further/best.safetensors", 0.6, 2.0)
+    assert run([*go, "pupil", "--teacher", tmp_path / "taught.safetensors", "--teacher-share", 0.5]) == 0
+    assert normalized_by(tmp_path / "pupil/best.safetensors", 0.6, 2.0)
+    (tmp_path / "further/best.safetensors").unlink()
+    assert run([*go, "further", "--resume"]) == 0  # which does not name the start again
+    assert normalized_by(tmp_path / "further/best.safetensors", 0.6, 2.0)
+
+
+def test_what_is_passed_over_is_told_with_the_name_of_the_data(world, tmp_path, capsys):
+    checkpoints.save(tmp_path / "two.safetensors", vgg_cifar10_binary(width=0.02, num_classes=2, input_size=8))
+    for part in ("train", "test"):
+        pictures(tmp_path / "zoo" / part, "ab")
+    command = ["evaluate", "-e", tmp_path / "two.safetensors", "--dataset", "images", "--data-path", tmp_path / "zoo"]
+    assert run(command) == 0
+    clean = capsys.readouterr().out
+    pictures(tmp_path / "zoo/train", [".ipynb_checkpoints"])
+    pictures(tmp_path / "zoo/test", [".ipynb_checkpoints"])
+    assert run(command) == 0
+    assert capsys.readouterr().out == f"zoo (PNG): 2 hidden or system files and folders passed over\n{clean}"
 
 
 PAIR = r"\{(\S+) ± (\S+)\}"
@@ -501,14 +553,60 @@ def test_training_starts_from_a_checkpoint(best, tmp_path, capsys):
     assert tree(tmp_path) == kept
 
 
-def started(arguments, folder):
+def test_the_state_of_a_run_is_a_checkpoint_of_its_best_network(best, tmp_path, capsys):
+    state = best.with_name("last.pt")
+    kept = torch.load(state, weights_only=True)["best"]
+    told = f"{state}: a run after 2 of 2 epochs; its best network so far, of epoch {kept['epoch']}, is taken\n"
+    network, facts = checkpoints.load(state)
+    assert all(torch.equal(value, kept["state"][name]) for name, value in network.state_dict().items())
+    assert (facts["network"], facts["config"]["width"], facts["dataset"]) == ("vgg_cifar10_binary", 0.05, "digits")
+    assert facts["validation_accuracy"] == evaluate(network, data.digits().validation).accuracy
+    for command in ("evaluate", "damage --trials 2 --probabilities 1e-3 --limit 20"):
+        printed = []
+        for path in (best, state):
+            assert run([*command.split(), "-e", path, "--dataset", "digits"]) == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[1] == told + printed[0]
+    train = [*TRAIN, "--epochs", 1, "--results-dir", tmp_path, "--lr", 1e-9]
+    assert run([*train, "--save", "a", "--start", state, "--teacher", state, "--teacher-share", 0.5]) == 0
+    further, facts = checkpoints.load(tmp_path / "a/best.safetensors")
+    assert facts["start"] == facts["teacher"] == "last.pt"
+    for before, after in zip(network.parameters(), further.parameters(), strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
+    assert run(["pack", "-e", state, "-o", tmp_path / "packed.safetensors"]) == 0
+
+
+def test_a_run_is_resumed_for_more_epochs(tmp_path, capsys):
+    train = [*TRAIN, "--results-dir", tmp_path, "--save", "run"]
+    assert run([*train, "--epochs", 2]) == 0
+    capsys.readouterr()
+    assert run([*train, "--epochs", 4, "--resume"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("--epochs 4, begun with 2: from the next epoch on") for line in lines) == 1
+    history = pd.read_csv(tmp_path / "run/history.csv")
+    cosine = [1e-5 + (5e-3 - 1e-5) * (1 + np.cos(np.pi * share)) / 2 for share in (1 / 2, 1, 3 / 4, 1)]
+    assert history["lr"].tolist() == pytest.approx(cosine)
+    facts = checkpoints.load(tmp_path / "run/best.safetensors")[1]
+    assert (facts["recipe"]["epochs"], facts["extended"]) == (4, [2])
+    assert facts["validation_accuracy"] == history["validation_accuracy"].max()
+    assert run([*train, "--epochs", 5, "--resume"]) == 0
+    assert checkpoints.load(tmp_path / "run/best.safetensors")[1]["extended"] == [2, 4]
+    capsys.readouterr()
+    assert run([*train, "--epochs", 5, "--resume"]) == 0  # a finished run, and what it was is kept
+    assert "begun with" not in capsys.readouterr().out
+    assert checkpoints.load(tmp_path / "run/best.safetensors")[1]["extended"] == [2, 4]
+    assert run([*train, "--epochs", 4, "--resume"]) == 2
+    assert "epochs 5 there, 4 here" in capsys.readouterr().err
+
+
+def started(arguments, folder, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "bnn_utils", *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored
     )
 
@@ -570,11 +668,94 @@ def test_ctrl_c_during_a_sweep(best, tmp_path, options):
 # Bad input: one line, exit status 2, nothing written
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    train = [*TRAIN, "--epochs", 1000, "--results-dir", tmp_path, "--save", "run"]
+    first = started(train, tmp_path, TQDM_DISABLE="1")
+    try:
+        for line in first.stdout:
+            if line.startswith("epoch"):
+                break
+        for option in ("--overwrite", "--resume"):
+            assert run([*train, option]) == 2
+            told = capsys.readouterr().err
+            assert "another process is training into this folder" in told and told.count("\n") == 1
+        assert run([*train[:-1], "other", "--epochs", 1]) == 0
+        status, _ = stopped(first)
+    finally:
+        first.kill()
+        first.communicate()
+    assert status == 130
+    epochs = list(pd.read_csv(tmp_path / "run/history.csv")["epoch"])
+    assert epochs == list(range(1, len(epochs) + 1))
+    checkpoints.load(tmp_path / "run/best.safetensors")
+    assert run([*train[:-1], "other", "--epochs", 1, "--overwrite"]) == 0
+
+
+def test_runs_that_start_together(tmp_path):
+    train = [*TRAIN, "--epochs", 2, "--results-dir", tmp_path / "new", "--save", "run"]
+    runs = [started(train, tmp_path, TQDM_DISABLE="1") for _ in range(2)]
+    told = [process.communicate(timeout=300) for process in runs]
+    assert sorted(process.returncode for process in runs) == [0, 2]
+    (error,) = (err for (_, err), process in zip(told, runs, strict=True) if process.returncode == 2)
+    assert error.count("\n") == 1 and f"{tmp_path / 'new/run'}: " in error
+    (out,) = (out for (out, _), process in zip(told, runs, strict=True) if process.returncode == 0)
+    accuracy = checkpoints.load(tmp_path / "new/run/best.safetensors")[1]["test_accuracy"]
+    assert f"acc {accuracy:.4f} on 360" in out
+
+
+# Where output goes, and what paths mean
+
+
+def finished(arguments, folder, **environment):
+    process = started(arguments, folder, TQDM_DISABLE="1", **environment)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_output_that_a_terminal_cannot_show_is_replaced(best, tmp_path):
+    chosen = ["--probabilities", "1e-2", "--trials", 3, "--limit", 20, "--out", tmp_path / "t.csv"]
+    damage = ["damage", "-e", best, "--dataset", "digits", *chosen]
+    status, out, err = finished(damage, tmp_path, PYTHONIOENCODING="ascii")
+    assert (status, err) == (0, "")
+    assert len(pd.read_csv(tmp_path / "t.csv")) == 6
+    (tmp_path / "t.csv").unlink()
+    assert finished(damage, tmp_path, PYTHONIOENCODING="utf-8") == (0, out.replace("?", "±"), "")
+    status, out, err = finished(["damage", "--help"], tmp_path, PYTHONIOENCODING="ascii")
+    assert (status, err) == (0, "") and "is ? H or less" in out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train --model vgg_cifar10_binary --width 0.05 --epochs 3"])
+def test_a_pipe_that_closes_is_no_error(best, tmp_path, command):
+    checkpoint = ["-e", best] if command == "evaluate" else []
+    process = started([*command.split(), *checkpoint, "--dataset", "digits"], tmp_path, TQDM_DISABLE="1")
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(120) == 141
+
+
+def test_a_tilde_is_the_home_folder(best, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert run(["pack", f"--checkpoint={best}", "--output=~/packed.safetensors"]) == 0
+    few = ["--dataset=digits", "--limit=5", "--checkpoint=~/packed.safetensors"]
+    assert run(["damage", *few, "--trials=1", "--out=~/t.csv", "--scratch=~"]) == 0
+    start = ["--teacher=~/packed.safetensors", "--teacher-share=0.5", "--start=~/packed.safetensors"]
+    assert run([*TRAIN, "--epochs=1", "--results-dir=~/runs", "--save=a", *start]) == 0
+    assert run([*TRAIN, "--epochs=1", "--resume=~/runs/a", *start]) == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"packed.safetensors", "t.csv", "runs"}
+    for part in ("train", "test"):
+        pictures(tmp_path / "zoo" / part, "ab")
+    assert data.load("images", "~/zoo").name == "zoo (PNG)"
+    checkpoints.save(tmp_path / "two.safetensors", vgg_cifar10_binary(width=0.02, num_classes=2, input_size=8))
+    assert run(["evaluate", "-e", "~/two.safetensors", "--dataset=images", "--data-path=~/zoo"]) == 0
+
+
 def bad(arguments, said, **marks):
     return pytest.param(arguments, said, id=arguments.replace("/", "-"), **marks)
 
 
 IMAGES = "train --model vgg_cifar10_binary --dataset images --data-path"
+STARTED = f"{DIGITS} --width 0.05 --start results/run/best.safetensors"
 EVALUATE = "evaluate --dataset digits -e"
 DAMAGE = "damage --dataset digits -e results/run/best.safetensors --limit 5"
 RESUME = f"{' '.join(TRAIN)} --epochs 2 --save run --resume"
@@ -613,15 +794,18 @@ BAD = [
     bad(f"{DIGITS} --teacher-share 0.5 --teacher missing.safetensors", "missing.safetensors"),
     bad(f"{DIGITS} --teacher-share 0.5 --teacher three.safetensors", "wants 1 channels, 8 pixels a side, 3 classes"),
     bad(
-        f"{DIGITS} --teacher-share 0.5 --teacher colour.safetensors", "colour.safetensors: its network wants 3 channels"
+        f"{DIGITS} --teacher-share 0.5 --teacher colour.safetensors", "colour.safetensors: the network wants 3 channels"
     ),
-    bad(f"{DIGITS} --teacher-share 0.5 --teacher scaled.safetensors", "normalized by the mean (0.5,)"),
+    bad(f"{STARTED} --teacher-share 0.5 --teacher scaled.safetensors", "scaled.safetensors: digits is normalized by"),
+    bad(f"{DIGITS} --width 0.02 --start named.safetensors", "named.safetensors: digits has the classes 0, 1, 2,"),
+    bad(f"{DIGITS} --teacher-share 0.5 --teacher named.safetensors", "trained on zero, 1, 2, 3"),
     bad(f"{DIGITS} --float --damage-train-rate 0.1", "this network has none"),
     bad(f"{DIGITS} --width 0.02 --start float.safetensors", "binary False there, True here"),
     bad(f"{DIGITS} --width 0", "width"),
     bad(f"{DIGITS} --width nan", "width"),
     bad(f"{DIGITS} --width 1e9", "width"),
-    bad(f"{DIGITS} --seed -1", "seed"),
+    bad(f"{DIGITS} --seed -1", "seed must lie in [0, 2**64), got -1"),
+    bad(f"{DIGITS} --seed {2**64}", "seed must lie in [0, 2**64), got 18446744073709551616"),
     bad(f"{DIGITS} --device abacus", "abacus"),
     bad(f"{DIGITS} --device meta", "meta"),
     bad(f"{DIGITS} --device cuda:x", "cuda:x"),
@@ -633,6 +817,7 @@ BAD = [
     bad("train --model vgg_cifar10_binary --dataset mnist --data-path not/there/yet", "download"),
     bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path a-file", "a-file"),
     bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path differing", "(b, c)"),
+    bad("train --model vgg_cifar10_binary --dataset cifar10 --data-path pictures", "not the 10 classes of CIFAR-10"),
     bad("train --model vgg_cifar10_binary --dataset images", "--data-path"),
     bad(f"{IMAGES} missing", "missing"),
     bad(f"{IMAGES} empty", "train/"),
@@ -647,7 +832,7 @@ BAD = [
     bad(f"{DIGITS} --shortcut long", "long"),
     bad(f"{DIGITS} --epochs 1 --save run", "results/run"),
     bad(f"{DIGITS} --epochs 1 --results-dir . --save a-file", "a-file"),
-    bad(f"{RESUME} --epochs 3", "epochs 2"),
+    bad(f"{RESUME} --epochs 1", "epochs 2 there, 1 here"),
     bad(f"{RESUME} --lr 0.1", "lr"),
     bad(f"{RESUME} --seed 4", "seed"),
     bad(f"{RESUME} --damage-train-rate 0.1", "damage_rate 0.0 there, 0.1 here"),
@@ -668,10 +853,13 @@ BAD = [
     bad(f"{EVALUATE} lying.safetensors", "lying.safetensors"),
     bad(f"{EVALUATE} linear.pth.tar", "linear.pth.tar"),
     bad(f"{EVALUATE} code.pth.tar", "code"),
-    bad(f"{EVALUATE} results/run/last.pt", "last.pt"),
+    bad(f"{EVALUATE} results/foreign-state/last.pt", "does not tell its network; take best.safetensors"),
+    bad(f"{EVALUATE} results/broken-state/last.pt", "last.pt: is broken"),
     bad(f"{EVALUATE} colour.safetensors", "3 channels"),
     bad(f"{EVALUATE} larger.safetensors", "16 pixels"),
     bad(f"{EVALUATE} three.safetensors", "3 classes"),
+    bad(f"{EVALUATE} named.safetensors", "give them the names that the network knows"),
+    bad("damage --dataset digits -e named.safetensors --out new.csv", "named.safetensors: digits has the classes"),
     bad("evaluate --dataset images --data-path pictures -e results/run/best.safetensors", "2 classes"),
     bad("evaluate --dataset images -e results/run/best.safetensors", "--data-path"),
     bad("evaluate --dataset nothing -e results/run/best.safetensors", "nothing"),

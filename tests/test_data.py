@@ -1,7 +1,11 @@
 """Images as tensors: parts, normalization, augmentation, folders of pictures, torchvision's sets, bad input."""
 
 import pickle
+import struct
+import urllib.request
+import zlib
 from collections import Counter
+from itertools import product
 from urllib.error import URLError
 
 import numpy as np
@@ -234,17 +238,124 @@ def test_names_of_a_folder(tmp_path, monkeypatch):
     write_picture(root / "train" / "ant" / "photo.jpg", (200, 10, 10))
     assert image_folder(root).name == "zoo (JPEG/PNG)"
     assert image_folder(root, "Zoo").name == "Zoo (JPEG/PNG)"
-    assert load("cifar10", root).name == "CIFAR-10 (JPEG/PNG)"
     monkeypatch.chdir(root)
     assert load("images", ".").name == "zoo (JPEG/PNG)"
 
 
-def test_grey_and_indexed_pictures_become_rgb(tmp_path):
-    root = make_folder(tmp_path)
-    for mode, colour in (("L", 77), ("P", 0), ("RGBA", (5, 6, 7, 255))):
-        write_picture(root / "test" / "ant" / f"{mode}.png", colour, mode=mode)
-    pixels = image_folder(root).test.pixels[:, :, 0, 0].tolist()
-    assert [77, 77, 77] in pixels and [5, 6, 7] in pixels
+GREY16 = np.array([[0, 255, 256, 257], [32767, 32768, 65534, 65535]], np.uint16)
+STEPS = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10  # all pixels differ
+
+
+def png(path, depth, colour, pixels, *chunks):
+    """Write a PNG file from its samples (height, width, ...), byte by byte as its specification says."""
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in pixels)
+    header = struct.pack(">2I5B", width, height, depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    framed = (struct.pack(">I", len(x)) + k + x + struct.pack(">I", zlib.crc32(k + x)) for k, x in parts)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+
+
+def pgm(path):
+    path.write_bytes(b"P5 4 2 65535 " + GREY16.astype(">u2").tobytes())
+
+
+def oriented(path, number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    Image.fromarray(STEPS).save(path, exif=exif)
+
+
+def indexed(path, **options):
+    picture = Image.fromarray(np.arange(8, dtype=np.uint8).reshape(2, 4), "P")
+    picture.putpalette(STEPS.tobytes() + bytes(3 * 248))
+    picture.save(path, **options)
+
+
+def with_alpha(path, mode, alpha):
+    picture = Image.fromarray(STEPS).convert(mode)
+    picture.putalpha(Image.fromarray(np.full((2, 4), 255, np.uint8) - np.array([[0, 0, 0, 255 - alpha]] * 2, np.uint8)))
+    picture.save(path)
+
+
+def animation(path):
+    first, second = (Image.fromarray(pixels) for pixels in (STEPS, 255 - STEPS))
+    first.save(path, save_all=True, append_images=[second])
+
+
+def grey(values):
+    return np.repeat(np.asarray(values)[:, :, None], 3, axis=2)
+
+
+LUMA = (STEPS @ np.array([19595, 38470, 7471]) + 0x8000) >> 16  # ITU-R 601, as Pillow makes grey of colours
+INK = np.stack([STEPS[:, :, 0], STEPS[:, :, 1], STEPS[:, :, 2], np.full((2, 4), 51, np.uint8)], 2)
+READ = {
+    "16-bit grey": ("x.png", lambda path: png(path, 16, 0, GREY16), grey(GREY16 // 256)),
+    "16-bit grey TIFF": ("x.tif", lambda path: Image.fromarray(GREY16).save(path), grey(GREY16 // 256)),
+    "8 bits as 16": ("x.png", lambda path: png(path, 16, 0, LUMA * 257), grey(LUMA)),
+    "16-bit colour": ("x.png", lambda path: png(path, 16, 2, STEPS.astype(np.uint16) * 257), STEPS),
+    "16-bit PGM": ("x.ppm", pgm, grey(GREY16 // 256)),
+    "8-bit grey": ("x.png", lambda path: png(path, 8, 0, LUMA), grey(LUMA)),
+    "1 bit": ("x.png", lambda path: Image.fromarray(LUMA > 100).save(path), grey((LUMA > 100) * 255)),
+    "palette": ("x.png", indexed, STEPS),
+    "palette, opaque": ("x.png", lambda path: indexed(path, transparency=b"\xff" * 8), STEPS),
+    "opaque": ("x.png", lambda path: with_alpha(path, "RGB", 255), STEPS),
+    "opaque grey": ("x.png", lambda path: with_alpha(path, "L", 255), grey(LUMA)),
+    "CMYK": (
+        "x.tif",
+        lambda path: Image.fromarray(INK, "CMYK").save(path),
+        np.rint((255.0 - STEPS) * (255 - 51) / 255),
+    ),
+    "turned left": ("x.png", lambda path: oriented(path, 6), np.rot90(STEPS, -1)),
+    "turned right": ("x.png", lambda path: oriented(path, 8), np.rot90(STEPS)),
+    "upside down": ("x.png", lambda path: oriented(path, 3), STEPS[::-1, ::-1]),
+    "mirrored": ("x.png", lambda path: oriented(path, 2), STEPS[:, ::-1]),
+    "transposed": ("x.png", lambda path: oriented(path, 5), STEPS.transpose(1, 0, 2)),
+    "as it is": ("x.png", lambda path: oriented(path, 1), STEPS),
+}
+
+
+def of_one_picture(root, name, write):
+    """Make a folder of which all pictures are the same."""
+    for part, count in (("train", 10), ("test", 1)):
+        for number, label in product(range(count), "ab"):
+            (root / part / label).mkdir(parents=True, exist_ok=True)
+            write(root / part / label / f"{number}{name}")
+    return root
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_pictures_are_read_as_people_see_them(tmp_path, kind):
+    name, write, expected = READ[kind]
+    pixels = image_folder(of_one_picture(tmp_path, name, write)).test.pixels[0].permute(1, 2, 0).numpy()
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).max() <= (1 if kind == "CMYK" else 0)  # by how it rounds
+
+
+REFUSED = {
+    "transparent": ("x.png", lambda path: with_alpha(path, "RGB", 254), "has transparent pixels; lay it on a"),
+    "transparent grey": ("x.png", lambda path: with_alpha(path, "L", 0), "has transparent pixels"),
+    "a transparent colour": ("x.png", lambda path: indexed(path, transparency=3), "has transparent pixels"),
+    "16-bit grey, transparent": (
+        "x.png",
+        lambda path: png(path, 16, 0, GREY16, (b"tRNS", b"\1\0")),
+        "has transparent pixels",
+    ),
+    "animation": ("x.png", animation, "holds 2 pictures"),
+    "animated WebP": ("x.webp", animation, "holds 2 pictures"),
+    "pages": ("x.tif", animation, "holds 2 pictures"),
+    "floats": ("x.tif", lambda path: Image.fromarray(LUMA.astype(np.float32)).save(path), "without a known range"),
+    "32 bits": ("x.tif", lambda path: Image.fromarray(LUMA.astype(np.int32)).save(path), "without a known range"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_pictures_that_could_be_read_in_two_ways_are_refused(tmp_path, kind):
+    name, write, told = REFUSED[kind]
+    of_one_picture(tmp_path, name, lambda path: Image.fromarray(STEPS).save(path))
+    write(tmp_path / "train" / "b" / f"7{name}")
+    with pytest.raises(DataError, match=rf"b.7{name}: .*{told}"):
+        image_folder(tmp_path)
 
 
 def test_other_files_are_not_pictures(tmp_path):
@@ -252,6 +363,86 @@ def test_other_files_are_not_pictures(tmp_path):
     (root / "train" / "ant" / "notes.txt").write_text("six legs")
     (root / "train" / "README").write_text("a file, not a class")
     assert len(image_folder(root).train) == 27
+
+
+LEFT = [".ipynb_checkpoints/0-checkpoint.png", ".DS_Store", "Thumbs.db", "__MACOSX/ant/._00.png", "@eaDir/00.png"]
+
+
+def test_hidden_and_system_files_and_folders_are_passed_over(tmp_path):
+    clean = image_folder(make_folder(tmp_path))
+    assert clean.passed_over == 0
+    for folder in ("train", "test", "train/ant", "test/cow"):
+        for path in [*LEFT, "desktop.ini", "lost+found/00.png"]:
+            write_picture(tmp_path / "other.png", (1, 2, 3))
+            (tmp_path / folder / path).parent.mkdir(exist_ok=True, parents=True)
+            (tmp_path / "other.png").rename(tmp_path / folder / path)
+    write_picture(tmp_path / "train" / "bee" / "._03.png", (1, 2, 3))
+    dataset = image_folder(tmp_path)
+    assert dataset.passed_over == 4 * 7 + 1
+    assert (dataset.classes, dataset.name) == (clean.classes, clean.name)
+    assert all(pictures(getattr(dataset, part)) == pictures(getattr(clean, part)) for part in PARTS)
+
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+FASHION = torchvision.datasets.FashionMNIST.classes
+MNIST = torchvision.datasets.MNIST.classes
+
+
+def copied(root, names):
+    """Make a folder of pictures that are as red as the number of their class."""
+    for part, count in (("train", 10), ("test", 1)):
+        for (number, name), index in product(enumerate(names), range(count)):
+            write_picture(root / part / name / f"{index}.png", (number, 0, 0), size=(2, 2))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "folders"),
+    [
+        ("cifar10", CIFAR10, CIFAR10),
+        ("cifar10", CIFAR10, [name.title() for name in CIFAR10]),
+        ("cifar10", CIFAR10, [str(number) for number in range(10)]),
+        ("mnist", MNIST, [str(number) for number in range(10)]),
+        ("mnist", MNIST, MNIST),
+        ("mnist", MNIST, ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]),
+        ("fashion_mnist", FASHION, [name.replace("/", "_") for name in FASHION]),
+        ("fashion_mnist", FASHION, [name.replace("/", "").replace(" ", "_").lower() for name in FASHION]),
+        ("fashion_mnist", FASHION, [f"{number:02d}" for number in range(10)]),
+    ],
+)
+def test_a_copy_of_a_published_set_has_its_classes_in_its_order(tmp_path, name, classes, folders):
+    dataset = load(name, copied(tmp_path, folders))
+    assert dataset.classes == tuple(classes)
+    for part in PARTS:
+        images = getattr(dataset, part)
+        assert torch.equal(images.pixels[:, 0, 0, 0].long(), images.labels)
+    assert dataset.name.removesuffix(" (PNG)").lower().replace("-", "_") in (name, name.replace("cifar10", "cifar_10"))
+
+
+def test_a_copy_of_cifar100(tmp_path):
+    numbers = load("cifar100", copied(tmp_path / "numbers", [str(number) for number in range(100)]))
+    assert torch.equal(numbers.test.pixels[:, 0, 0, 0].long(), numbers.test.labels)
+    assert (numbers.classes[0], numbers.classes[1], numbers.classes[58]) == ("apple", "aquarium_fish", "pickup_truck")
+    names = [name.replace("_", " ") for name in numbers.classes]
+    assert load("cifar100", copied(tmp_path / "names", names)).classes == numbers.classes
+
+
+@pytest.mark.parametrize(
+    ("name", "folders", "told"),
+    [
+        ("cifar10", ["cat", "dog"], "has 2 class folders, .* not the 10 classes of CIFAR-10"),
+        ("cifar10", ["plane", "car", *CIFAR10[2:]], "unknown are car, plane; missing are airplane, automobile"),
+        ("cifar10", [*CIFAR10, "yak"], "has 11 class folders.*unknown are yak"),
+        ("cifar10", [*CIFAR10, "cat_"], "has 11 class folders.*some are there twice"),
+        ("cifar100", CIFAR10, "the 100 classes of CIFAR-100 .*missing are .* ..."),
+        ("mnist", [str(number) for number in range(1, 11)], "unknown are 10; missing are 0 - zero"),
+    ],
+)
+def test_other_classes_are_not_called_by_the_name_of_a_published_set(tmp_path, name, folders, told):
+    root = copied(tmp_path, folders)
+    with pytest.raises(DataError, match=f"{told}.*; pictures of other classes are --dataset images"):
+        load(name, root)
+    assert load("images", root).classes == tuple(sorted(folders))
 
 
 def break_train(root):
@@ -323,12 +514,11 @@ def break_test_size(root):
         break_test_size,
     ],
 )
-@pytest.mark.parametrize("name", ["images", "cifar10"])
-def test_broken_folder(tmp_path, breaks, name):
+def test_broken_folder(tmp_path, breaks):
     root = make_folder(tmp_path)
     message = breaks(root)
     with pytest.raises(DataError, match=message) as caught:
-        load(name, root)
+        load("images", root)
     assert "\n" not in str(caught.value) and str(root) in str(caught.value)
 
 
@@ -439,3 +629,27 @@ def test_absent_and_no_download(tmp_path, name):
     with pytest.raises(DataError, match=r"is not in .* could not be downloaded"):
         load(name, tmp_path / "data", download=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name, there", [("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python.tar.gz")])
+@pytest.mark.parametrize("download", [True, False])
+def test_a_corrupt_download_is_told_as_such(tmp_path, monkeypatch, name, there, download):
+    monkeypatch.setattr(urllib.request, "urlopen", no_network(URLError("no network here")))
+    if there.endswith(".gz"):
+        (tmp_path / there).write_bytes(b"cut short")
+    else:
+        (tmp_path / there).mkdir()
+        (tmp_path / there / "data_batch_1").write_bytes(b"cut short")
+    with pytest.raises(DataError, match=rf"{there} cannot be used, cut short or changed, .*; delete it"):
+        load(name, tmp_path, download=download)
+    assert (tmp_path / there).exists()
+
+
+def test_a_file_of_mnist_that_is_cut_short_is_told_as_such(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, kind in product(("train", "t10k"), ("images-idx3", "labels-idx1")):
+        (raw / f"{part}-{kind}-ubyte").write_bytes(struct.pack(">4I", 2051, 60_000, 28, 28) + b"too few")
+    with pytest.raises(DataError, match=r"raw cannot be used, cut short or changed") as caught:
+        load("mnist", tmp_path)
+    assert "\n" not in str(caught.value)

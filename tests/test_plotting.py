@@ -232,7 +232,9 @@ def test_damage_curves_accuracy(trials):
 
 
 def test_damage_curves_of_many_repairs_have_their_legend_outside():
-    table = pd.concat([campaign(3).assign(repair=repair) for repair in ("none", "clip", "range", "vote")])
+    table = campaign(3)
+    table = table[table["repair"] == "none"]
+    table = pd.concat([table.assign(repair=repair) for repair in ("none", "clip", "range", "vote")])
     axes = finished(plotting.damage_curves(table, "accuracy"))
     (legend,) = axes[0].figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [

@@ -375,7 +375,7 @@ def test_resuming_a_finished_run_gives_its_result(few, tmp_path):
     ("change", "named"),
     [
         (dict(lr=2e-2), "lr 0.01 there, 0.02 here"),
-        (dict(epochs=7), "epochs 3 there, 7 here"),
+        (dict(epochs=2), "epochs 3 there, 2 here"),
         (dict(optimizer="sgd"), "optimizer 'adam' there, 'sgd' here"),
         (dict(seed=1), "seed 0 there, 1 here"),
         (dict(damage_rate=0.1), "damage_rate 0.0 there, 0.1 here"),

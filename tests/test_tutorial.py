@@ -66,6 +66,10 @@ def test_the_environment_chooses(monkeypatch, tmp_path):
     assert settings.sizes is PROFILES["full"]
     assert settings.figures == tmp_path / "figures" / "full"
     assert settings.data_path == tmp_path / "sets"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("BNN_DATA", "~/mine")
+    assert start().data_path == tmp_path / "mine"
     monkeypatch.delenv("BNN_FIGURES")
     assert start().figures == Path(tutorial.__file__).parents[1] / "figures" / "full"
 
