@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, PReLU, Shift
+from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, Conv2d, PReLU, Shift
 
 SHORTCUTS = (True, False, "normalized")
 
@@ -21,7 +21,7 @@ def _convolution(
     binary: bool, before: int, after: int, kernel: int, *, binarize_input: bool = True, **options: Any
 ) -> nn.Conv2d:
     if not binary:
-        return nn.Conv2d(before, after, kernel, **options)
+        return Conv2d(before, after, kernel, **options)
     return BinarizeConv2d(before, after, kernel, binarize_input=binarize_input, **options)
 
 
