@@ -186,12 +186,15 @@ BINARIZED = (BinarizeLinear, BinarizeConv2d)
 
 
 def binarized_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the latent weights of every binarized layer of `model`, by their state_dict names, in order."""
-    return {
-        f"{name}.weight" if name else "weight": module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, BINARIZED)
-    }
+    """Return the latent weights of every binarized layer of `model`, by their state_dict names, in order.
+
+    A weight that several layers share comes once, by its first name.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BINARIZED) and all(module.weight is not known for known in found.values()):
+            found[f"{name}.weight" if name else "weight"] = module.weight
+    return found
 
 
 @torch.no_grad()

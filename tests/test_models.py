@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from bnn_utils.layers import binarized_weights
-from bnn_utils.models import build, resnet_binary, summary, vgg_cifar10_binary
+from bnn_utils.models import build, resnet_binary, resnet_bireal, summary, vgg_cifar10_binary
 
 BATCHNORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 STATISTICS = BATCHNORM[2:]
@@ -465,6 +465,21 @@ def test_summary_changes_nothing(make, training):
     assert first.equals(second)  # and no hook of the first call is left
     assert {module.training for module in model.modules()} == {training}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_summary_counts_what_layers_share_once():
+    model = resnet_bireal(width=0.05, input_size=8, depth=20)
+    expected = summary(model)
+    first, second = model.layer1[1:3]
+    second.conv.weight = first.conv.weight  # a weight in two layers
+    model.layer1[3] = first  # layers that are used twice
+    table = summary(model)
+    weights = first.conv.weight.numel()
+    assert table["binary_weights"].sum() == expected["binary_weights"].sum() - 2 * weights
+    assert table["macs"].tolist() == expected["macs"].tolist()
+    parameters = sum(x.numel() for x in model.parameters())
+    assert table["binary_weights"].sum() + table["floats"].sum() == parameters
+    assert table["statistics"].sum() == sum(x.numel() for x in model.buffers() if x.is_floating_point())
 
 
 def test_summary_rows_follow_the_forward_pass():
