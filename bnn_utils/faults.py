@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -15,24 +16,29 @@ from torch import Tensor, nn
 
 from bnn_utils.bits import WORD, check_probability, sample_runs
 from bnn_utils.flipping import IndexedBits, MemoryBits, bits_of
-from bnn_utils.layers import BINARIZED, binarize
+from bnn_utils.layers import BINARIZED, Shift, binarize
 
 BITS = 32  # of a stored number in float32 storage
 STORAGES = ("float32", "packed")
-PARAMETERS = ("weights", "biases", "bn_scale", "bn_shift", "thresholds", "directions")
-KINDS = (*PARAMETERS, "running_mean", "running_var")
-_LAYER_KINDS = {"weight": "weights", "bias": "biases"}
-_BATCHNORM_KINDS = {
-    "weight": "bn_scale",
-    "bias": "bn_shift",
-    "running_mean": "running_mean",
-    "running_var": "running_var",
+PARAMETERS = (
+    *("weights", "biases", "bn_scale", "bn_shift", "shifts", "slopes"),
+    *("others", "thresholds", "directions"),  # others: parameters of any other name, such as those of an LSTM
+)
+KINDS = (*PARAMETERS, "running_mean", "running_var", "buffers")  # buffers: those of any other name
+_STATISTICS = {"running_mean": "running_mean", "running_var": "running_var"}
+_LAYER_KINDS = {"weight": "weights", "bias": "biases", **_STATISTICS}
+_OWN_KINDS: dict[type[nn.Module], dict[str, str]] = {
+    nn.modules.batchnorm._BatchNorm: {"weight": "bn_scale", "bias": "bn_shift", **_STATISTICS},
+    nn.PReLU: {"weight": "slopes"},
+    Shift: {"shift": "shifts"},
 }
 _PACKED_KINDS = {
     "weight": "weights",
     "bias": "biases",
     "scale": "bn_scale",
     "shift": "bn_shift",
+    "offset": "shifts",
+    "slope": "slopes",
     "threshold": "thresholds",
     "direction": "directions",
 }
@@ -144,26 +150,71 @@ class Stored(NamedTuple):
 def stored_tensors(model: nn.Module) -> dict[str, Stored]:
     """Return every tensor that the memory of `model` holds, by state_dict name, in order.
 
-    The kind is one of KINDS: weights and biases of layers, scale and shift of BatchNorm, its running statistics;
-    thresholds and directions of packed layers. A packed layer is a module with an attribute `masks`, a dict from
-    the names of its buffers to their masks, of the same shape and dtype; a buffer without one is used entirely.
+    Its kind is one of KINDS. Parameters of any name are "others" where no kind is known for them: none is left out. A
+    tensor that several modules share is stored once, and bears its first name. Buffers of ordinary modules that are
+    not running statistics are "buffers", which nothing damages unless it is told to, except that those called weight
+    or bias count as parameters. Integers among them, such as BatchNorm's batch counter, and tensors that are neither
+    parameters nor buffers are no part of memory.
+
+    A packed layer is a module with an attribute `masks`, a dict from the names of its buffers to their masks, of the
+    same shape and dtype; a buffer without one is used entirely.
+
+    Raises:
+        TypeError: a module keeps its numbers where they cannot be reached, or stores them as integers without being
+            a packed layer, or has not been given them yet; the message names it.
     """
     found: dict[str, Stored] = {}
+    seen: set[tuple[int, bool]] = set()
     for name, module in model.named_modules():
-        masks: dict[str, Tensor] | None = getattr(module, "masks", None)
-        if masks is not None:
-            kinds = _PACKED_KINDS
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            kinds = _BATCHNORM_KINDS
-        else:
-            kinds = _LAYER_KINDS
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for key, tensor in own:
-            # In an ordinary layer integers, such as BatchNorm's batch counter, take no part in inference.
-            if masks is not None or tensor.is_floating_point():
-                mask = (masks or {}).get(key)
-                found[f"{name}.{key}" if name else key] = Stored(kinds.get(key, key), tensor, mask)
+        if reason := _out_of_reach(module):
+            raise TypeError(f"{name or 'the network'} ({type(module).__name__}) cannot be damaged: {reason}")
+        masks: Any = getattr(module, "masks", None)
+        packed = isinstance(masks, dict)
+        kinds = _PACKED_KINDS if packed else _kinds(module)
+        own = [(key, x, True) for key, x in module.named_parameters(recurse=False)]
+        own += [(key, x, False) for key, x in module.named_buffers(recurse=False)]
+        for key, tensor, parameter in own:
+            full = f"{name}.{key}" if name else key
+            if nn.parameter.is_lazy(tensor):
+                raise TypeError(f"{full} cannot be damaged: it has no numbers yet; run the network on a batch first")
+            if not packed and not (tensor.is_floating_point() or tensor.is_complex()):
+                # Indices and counters are of 64 bits, masks boolean; narrow integers in rows and columns are weights.
+                if parameter or (tensor.dim() > 1 and tensor.dtype not in (torch.int64, torch.bool)):
+                    raise TypeError(f"{full} cannot be damaged: it holds {tensor.dtype}, not floats; {_INSTEAD}")
+                continue
+            kind = kinds.get(key, "others" if parameter or packed else "buffers")
+            shared = (id(tensor), kind in PARAMETERS)
+            if shared not in seen:
+                seen.add(shared)
+                found[full] = Stored(kind, tensor, masks.get(key) if packed else None)
     return found
+
+
+def _kinds(layer: nn.Module) -> dict[str, str]:
+    """Return the kinds of an ordinary layer's tensors, by their names in it."""
+    for known, own in _OWN_KINDS.items():
+        if isinstance(layer, known):
+            return own
+    return _LAYER_KINDS
+
+
+_INSTEAD = "damage the float network that it was made from, or what bnn_utils.packed.pack makes of it"
+
+
+def _out_of_reach(module: nn.Module) -> str | None:
+    """Return why the numbers of a module cannot be found, or not told apart; None if they can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"TorchScript does not tell what its layers are; {_INSTEAD}"
+    if isinstance(module, torch.fx.GraphModule) and any(node.op == "get_attr" for node in module.graph.nodes):
+        return f"its graph uses numbers apart from the layers that they belong to; {_INSTEAD}"
+    if torch.ScriptObject in map(type, vars(module).values()):
+        return f"its numbers are quantized and out of reach; {_INSTEAD}"
+    return None
+
+
+def selected(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> dict[str, Stored]:
+    """Return what `targeted` does, with kinds and masks."""
+    return _select(stored_tensors(model), targets)
 
 
 def targeted(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> dict[str, Tensor]:
@@ -174,12 +225,14 @@ def targeted(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> dict[str,
 
     Raises:
         ValueError: a target names nothing that the network stores.
+        TypeError: as in `stored_tensors`; or a tensor named is not plain memory: it is sparse, on the meta device, or
+            wraps others; or some of its numbers lie where others of these tensors do.
     """
-    return {name: stored.tensor for name, stored in _select(stored_tensors(model), targets).items()}
+    return {name: stored.tensor for name, stored in selected(model, targets).items()}
 
 
 def _select(stored: dict[str, Stored], targets: Sequence[str]) -> dict[str, Stored]:
-    chosen: set[str] = set()
+    names: set[str] = set()
     for target in (targets,) if isinstance(targets, str) else targets:
         hit = {name for name, held in stored.items() if held.kind == target}
         if target not in KINDS:
@@ -188,8 +241,40 @@ def _select(stored: dict[str, Stored], targets: Sequence[str]) -> dict[str, Stor
                 raise ValueError(
                     f"target {target!r} names nothing in this network, expected {', '.join(KINDS)} or a tensor's name"
                 )
-        chosen |= hit
-    return {name: held for name, held in stored.items() if name in chosen}
+        names |= hit
+    chosen = {name: held for name, held in stored.items() if name in names}
+    _check_memory({name: held.tensor for name, held in chosen.items()})
+    return chosen
+
+
+def _check_memory(tensors: Mapping[str, Tensor]) -> None:
+    """Raise TypeError unless each number has a place of its own in memory."""
+    places = []
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or hasattr(tensor, "__tensor_flatten__"):
+            raise TypeError(
+                f"{name} cannot be damaged: it is not a plain tensor in memory, but {type(tensor).__name__} of "
+                f"{tensor.layout} on {tensor.device}"
+            )
+        if not (reach := tensor.numel()):
+            continue
+        spaced = [] if tensor.is_contiguous() else [x for x in sorted(zip(tensor.stride(), tensor.shape)) if x[1] > 1]
+        reach = reach if not spaced else 1  # of its numbers in memory, counted in numbers
+        for stride, size in spaced:
+            if stride < reach:
+                raise TypeError(
+                    f"{name} cannot be damaged: several of its numbers share a place in memory (shape "
+                    f"{tuple(tensor.shape)}, strides {tensor.stride()}); give it memory of its own by contiguous()"
+                )
+            reach += stride * (size - 1)
+        start = tensor.data_ptr()
+        places.append((tensor.get_device(), start, start + reach * tensor.element_size(), name))
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(sorted(places)):
+        if device == other_device and start < end:
+            raise TypeError(
+                f"{name} and {other} cannot both be damaged: they are two tensors in the same memory; let the modules "
+                "that share it hold one tensor, as in second.weight = first.weight"
+            )
 
 
 _held: WeakSet[nn.Module] = WeakSet()
@@ -200,7 +285,8 @@ def float32_storage(model: nn.Module) -> Iterator[None]:
     """Hold the network as float32 storage does: every binarized weight is +1.0 or -1.0, until the context ends.
 
     The network computes the same, since its layers binarize what they read. On leaving, an exception too, the
-    latent weights are back, bit for bit. A network that is held already is left as it is.
+    latent weights are back, bit for bit. A network that is held already is left as it is, and so is a weight that a
+    layer of another kind shares, since that layer reads it as it is.
     """
     # To binarize again would take several passes over every weight, far longer than to flip a few bits, and would
     # turn the damaged weights of an enclosing injection into undamaged ones.
@@ -210,10 +296,15 @@ def float32_storage(model: nn.Module) -> Iterator[None]:
     latent: list[tuple[Tensor, Tensor]] = []
     try:
         _held.add(model)
+        as_is = {
+            id(own)
+            for module in model.modules()
+            if not isinstance(module, BINARIZED)
+            for own in module.parameters(recurse=False)
+        }
         with torch.no_grad():
             for module in model.modules():
-                if isinstance(module, BINARIZED):
-                    weight = module.weight
+                if isinstance(module, BINARIZED) and id(weight := module.weight) not in as_is:
                     stored = binarize(weight)
                     if not torch.equal(stored, weight):
                         latent.append((weight, weight.detach().clone()))
@@ -222,7 +313,7 @@ def float32_storage(model: nn.Module) -> Iterator[None]:
     finally:
         _held.discard(model)
         with torch.no_grad():
-            for weight, before in latent:
+            for weight, before in reversed(latent):  # of memory that two weights share, the first value last
                 weight.copy_(before)
 
 
@@ -260,7 +351,7 @@ def _damaged(
             raise ValueError(f"unknown error model {error!r}, expected one of {', '.join(ERRORS)}")
         error = ERRORS[error]
     for name, (_, tensor, _) in chosen.items():
-        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32:
             raise TypeError(f"{name} must be float32 to be damaged, got {tensor.dtype}")
     with ExitStack() as undo:
         for name, stored in chosen.items():
@@ -294,12 +385,14 @@ def inject(
     """Damage the memory of `model` in place; on leaving, an exception too, every bit is back.
 
     Memory is float32 storage: every parameter a 32-bit float, binarized weights as +1.0 and -1.0, all others (biases,
-    BatchNorm scale and shift, the weights of a float network) as trained; running statistics are error-free unless
-    targeted. A packed network's memory is packed storage, its buffers as they are. Every bit of the targeted tensors
-    errs with the probability that the error model gives it, exactly; bits that hold nothing never change. With "flip"
-    errors are independent: their number is binomial, their positions distinct and uniform. Work and memory follow the
-    number of errors. The errors of a tensor depend on `seed`, `probability`, `error`, its name, size and mask, and, if
-    the rates differ, on its bits, not on the device, the threads or the other targets.
+    BatchNorm scale and shift, the weights of a float network, any parameter of another name) as trained; running
+    statistics, and buffers of other names, are error-free unless targeted. What several layers share is stored once,
+    and damaged once. A network of which some numbers cannot be damaged is refused. A packed network's memory is packed
+    storage, its buffers as they are. Every bit of the targeted tensors errs with the probability that the error model
+    gives it, exactly; bits that hold nothing never change. With "flip" errors are independent: their number is
+    binomial, their positions distinct and uniform. Work and memory follow the number of errors. The errors of a tensor
+    depend on `seed`, `probability`, `error`, its name, size and mask, and, if the rates differ, on its bits, not on the
+    device, the threads or the other targets.
 
     A damaged float32 weight of a binarized layer still acts as one bit, since the layer binarizes it: only its sign
     matters, and NaN reads as -1.
@@ -315,13 +408,16 @@ def inject(
         Flips, how many bits changed in each tensor and at each bit position.
 
     Raises:
-        ValueError: a probability outside [0, 1], a negative seed, an unknown error model or target.
-        TypeError: a targeted tensor holds floats that are not float32.
+        ValueError: a probability outside [0, 1], a negative seed, an unknown error model or target, or targets of which
+            the network stores none.
+        TypeError: a targeted tensor holds floats that are not float32, or as `stored_tensors` and `targeted` do.
 
     Source: the storage of the published damage experiment, see README.md; of an error model, its `source`.
     """
     network = stored_tensors(model)
     chosen = _select(network, targets)
+    if targets and not chosen:
+        raise ValueError(f"targets {targets} name nothing that this network ({type(model).__name__}) stores")
     with float32_storage(model), _damaged(chosen, _no_flips(network.values()), probability, seed, error) as flips:
         yield flips
 
@@ -341,8 +437,9 @@ def inject_tensors(
 
     Raises:
         ValueError: a probability outside [0, 1], a negative seed or an unknown error model.
-        TypeError: a tensor holds floats that are not float32.
+        TypeError: a tensor holds floats that are not float32, or is not plain memory of its own, see `targeted`.
     """
+    _check_memory(tensors)
     chosen = {name: Stored("", tensor) for name, tensor in tensors.items()}
     with _damaged(chosen, _no_flips(chosen.values()), probability, seed, error) as flips:
         yield flips

@@ -1,4 +1,4 @@
-"""Binarization and the two layers built on it: the whole idea of a binarized network, in one file."""
+"""Binarization and the layers built on it: the whole idea of a binarized network, in one file."""
 
 from typing import Any
 
@@ -98,7 +98,24 @@ class BinarizeLinear(nn.Linear):
         return f"{super().extra_repr()}, binarize_input={self.binarize_input}"
 
 
-class BinarizeConv2d(nn.Conv2d):
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d`, with right gradients where a 1x1 kernel moves in strides, as in a ResNet's shortcuts.
+
+    There the pixels that the kernel visits are picked first, and convolved with stride 1: the same sums, by another way
+    through oneDNN, torch's library for CPUs.
+
+    Source: uxlfoundation/oneDNN, issue 6035: with a stride, few input channels and channels_last memory, the weights'
+    gradient of a 1x1 convolution overruns a buffer. It comes out wrong, or the process dies.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.kernel_size != (1, 1) or self.stride == (1, 1) or self.padding not in ((0, 0), "valid"):
+            return super()._conv_forward(input, weight, bias)
+        picked = functional.avg_pool2d(input, 1, self.stride)  # a slice of odd maps would lose channels_last memory
+        return functional.conv2d(picked, weight, bias, groups=self.groups)
+
+
+class BinarizeConv2d(Conv2d):
     """A 2-d convolution with binarized weights; zero padding, so a tap outside the image contributes nothing.
 
     `weight` holds the latent weights, shape (out_channels, in_channels, kernel, kernel); the bias stays real-valued.
@@ -169,12 +186,15 @@ BINARIZED = (BinarizeLinear, BinarizeConv2d)
 
 
 def binarized_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the latent weights of every binarized layer of `model`, by their state_dict names, in order."""
-    return {
-        f"{name}.weight" if name else "weight": module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, BINARIZED)
-    }
+    """Return the latent weights of every binarized layer of `model`, by their state_dict names, in order.
+
+    A weight that several layers share comes once, by its first name.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BINARIZED) and all(module.weight is not known for known in found.values()):
+            found[f"{name}.weight" if name else "weight"] = module.weight
+    return found
 
 
 @torch.no_grad()

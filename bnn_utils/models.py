@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, PReLU, Shift
+from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, Conv2d, PReLU, Shift
 
 
 def _channels(published: int, width: float) -> int:
@@ -19,7 +19,7 @@ def _convolution(
     binary: bool, before: int, after: int, kernel: int, *, binarize_input: bool = True, **options: Any
 ) -> nn.Conv2d:
     if not binary:
-        return nn.Conv2d(before, after, kernel, **options)
+        return Conv2d(before, after, kernel, **options)
     return BinarizeConv2d(before, after, kernel, binarize_input=binarize_input, **options)
 
 
@@ -385,19 +385,22 @@ def summary(model: nn.Module) -> pd.DataFrame:
     Columns: layer, type, output (channels x height x width), binary_weights, floats (biases, BatchNorm scale and
     shift, all weights of a float network), statistics (BatchNorm running mean and variance), float32_bytes (every
     number a 32-bit float), packed_bytes (1 bit a binarized weight, the rest 32-bit floats), macs
-    (multiply-accumulates for one image).
+    (multiply-accumulates for one image). What several layers share counts in the first of them.
 
     Args:
         model: a network of this module.
     """
     rows: list[dict[str, Any]] = []
+    counted: set[int] = set()
 
     def record(name: str, module: nn.Module) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             weights = module.weight.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
-            binary = weights if isinstance(module, BINARIZED) else 0
-            parameters = sum(p.numel() for p in module.parameters())
-            statistics = sum(b.numel() for b in module.buffers() if b.is_floating_point())
+            fresh = [x for x in [*module.parameters(), *module.buffers()] if id(x) not in counted]
+            counted.update(map(id, fresh))
+            binary = weights if isinstance(module, BINARIZED) and any(x is module.weight for x in fresh) else 0
+            parameters = sum(x.numel() for x in fresh if isinstance(x, nn.Parameter))
+            statistics = sum(x.numel() for x in fresh if x.is_floating_point() and not isinstance(x, nn.Parameter))
             floats = parameters - binary
             rows.append(
                 dict(

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bnn_utils.faults import PARAMETERS, Stored, float32_storage, stored_tensors, targeted
+from bnn_utils.faults import PARAMETERS, Stored, float32_storage, selected
 
-FLOATS = tuple(kind for kind in PARAMETERS if kind != "weights")  # few bits; in packed storage integers among them
+FLOATS = tuple(kind for kind in PARAMETERS if kind != "weights")  # of a binarized network few bits, integers too
 NUMBERS = tuple(kind for kind in FLOATS if kind != "directions")
 
 
@@ -85,9 +85,9 @@ def range_check(model: nn.Module) -> Plan:
     trained number that is not finite are not checked. An undamaged network stays as it is, bit for bit.
     """
     ranges: list[tuple[Tensor, float, float, float]] = []
-    for kind, tensor, _ in stored_tensors(model).values():
+    for _, tensor, _ in selected(model, NUMBERS).values():
         numbers = tensor.detach()
-        if kind in NUMBERS and len(numbers.reshape(-1)) and torch.isfinite(numbers).all():
+        if len(numbers.reshape(-1)) and torch.isfinite(numbers).all():
             mean = numbers.double().mean().item()
             mean = mean if numbers.is_floating_point() else round(mean)
             ranges.append((tensor, numbers.min().item(), numbers.max().item(), mean))
@@ -189,8 +189,7 @@ def _guarded(
         store: makes what is stored from the bytes of `_used`.
         read: makes the bytes of `_used` from those in memory and what is stored.
     """
-    names = targeted(model, targets)
-    guarded = {name: held for name, held in stored_tensors(model).items() if name in names}
+    guarded = selected(model, targets)
     with float32_storage(model):  # memory holds signs, whatever the network was given as
         kept = {
             name: {part: torch.from_numpy(array) for part, array in store(_used(held)).items()}
@@ -277,7 +276,10 @@ def both(first: Plan, second: Plan) -> Plan:
 
 
 def few_bits(model: nn.Module, share: float = 0.01) -> list[str]:
-    """Return the names of all stored tensors but weights, and of those weights that fill less than `share` of memory.
+    """Return the names of stored tensors that a repair can guard at little cost.
+
+    They are all parameters that belong to a kind of few bits, and those weights, and parameters of other names, that
+    fill less than `share` of memory.
 
     The smallest layers (of the image, of shortcuts, of the classes) have the fewest weights to average errors away,
     and guarding them costs next to nothing.
@@ -287,10 +289,11 @@ def few_bits(model: nn.Module, share: float = 0.01) -> list[str]:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must lie in [0, 1], got {share}")
-    parameters = {name: held for name, held in stored_tensors(model).items() if held.kind in PARAMETERS}
+    parameters = selected(model)
     bits = {name: _used_bits(held) for name, held in parameters.items()}
     least = share * sum(bits.values())
-    return [name for name, held in parameters.items() if held.kind != "weights" or bits[name] < least]
+    few = set(FLOATS) - {"others"}
+    return [name for name, held in parameters.items() if held.kind in few or bits[name] < least]
 
 
 REPAIRS: dict[str, Callable[[nn.Module], Plan]] = {
@@ -316,5 +319,5 @@ def stored_bits(model: nn.Module, repair: str = "none") -> int:
     """
     if repair not in REPAIRS:
         raise ValueError(f"unknown repair {repair!r}, expected one of {', '.join(REPAIRS)}")
-    own = sum(_used_bits(held) for held in stored_tensors(model).values() if held.kind in PARAMETERS)
+    own = sum(_used_bits(held) for held in selected(model).values())
     return own + sum(8 * x.nbytes for x in REPAIRS[repair](model).stored.values())

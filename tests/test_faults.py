@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import binom, chi2
 from torch import nn
+from torch.nn.utils import prune
 
-from bnn_utils import faults, flipping
+from bnn_utils import faults, flipping, repair
 from bnn_utils.bits import sample_positions
 from bnn_utils.faults import (
     ERRORS,
@@ -30,8 +31,9 @@ from bnn_utils.faults import (
     stored_tensors,
     targeted,
 )
-from bnn_utils.layers import BinarizeConv2d, BinarizeLinear, binarize
-from bnn_utils.models import resnet_binary, vgg_cifar10_binary
+from bnn_utils.layers import BinarizeConv2d, BinarizeLinear, PReLU, Shift, binarize, binarized_weights
+from bnn_utils.models import BiRealUnit, resnet_binary, resnet_bireal, vgg_cifar10_binary
+from bnn_utils.training import flipped_weights
 
 FALSE_ALARM = 1e-6  # of a whole statistical test
 SPECIAL = (0x00000000, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFC12345, 0x00000001, 0x807FFFFF)
@@ -400,10 +402,8 @@ def test_targets_by_kind_name_and_pattern():
         name for name in names if name.startswith("classifier.") and "num_batches" not in name
     }
     assert set(targeted(model, ("bn_scale", "*.0.weight"))) == scales | {"features.0.weight", "classifier.0.weight"}
-    assert {stored.kind for stored in stored_tensors(model).values()} == set(faults.KINDS) - {
-        "thresholds",
-        "directions",
-    }
+    kinds = {"weights", "biases", "bn_scale", "bn_shift", "running_mean", "running_var"}
+    assert {stored.kind for stored in stored_tensors(model).values()} == kinds < set(faults.KINDS)
     assert all(stored.mask is None for stored in stored_tensors(model).values())
 
 
@@ -458,6 +458,206 @@ def test_other_precisions_are_refused_and_nothing_changes():
     with pytest.raises(TypeError, match="float32"), inject(model, 0.5, seed=0):
         pytest.fail("the injection went on")
     assert same(before, bits_of(model))
+
+
+class EveryName(nn.Module):
+    """Parameters of many names, and buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 4))
+        self.recurrent = nn.LSTM(4, 3, num_layers=2, bidirectional=True, proj_size=2)
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3)
+        self.norm, self.embedding = nn.LayerNorm(4), nn.Embedding(3, 4)
+        self.slope, self.own_slope, self.shift = nn.PReLU(4), PReLU(4), Shift(4)
+        self.listed = nn.ParameterList([torch.randn(2), torch.randn(())])
+        self.convolution = nn.utils.parametrizations.weight_norm(BinarizeConv2d(2, 3, 3))
+        self.pruned = prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5)
+        self.scaled = nn.BatchNorm1d(4)
+        self.register_buffer("table", torch.randn(4))
+        self.register_buffer("index", torch.zeros(3, 3, dtype=torch.int64))
+        self.register_buffer("allowed", torch.ones(3, 3, dtype=torch.bool))
+
+
+@WAYS
+def test_every_parameter_of_any_name_is_damaged_and_no_buffer(monkeypatch, compiled):
+    one_way(monkeypatch, compiled)
+    for model in (EveryName(), resnet_bireal(width=0.05, input_size=8)):
+        parameters = dict(model.named_parameters())
+        binarized = {name for name, module in model.named_modules() if isinstance(module, BinarizeConv2d)}
+        before = {name: x.detach().clone() for name, x in model.state_dict().items()}
+        assert list(targeted(model)) == list(parameters)
+        with inject(model, 1.0, seed=0) as flips:
+            assert flips.tensors == {name: 32 * x.numel() for name, x in parameters.items()}
+            for name, x in model.state_dict().items():
+                old = before[name]
+                if name.removesuffix(".weight") in binarized:
+                    old = binarize(old)
+                if name in parameters:
+                    assert torch.equal(x.view(torch.int32), ~old.view(torch.int32)), name
+                else:
+                    assert torch.equal(x, old), name
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_kinds_of_parameters_and_buffers_of_any_name():
+    model, modern = EveryName(), resnet_bireal(width=0.05, input_size=8)
+    of_kind = {
+        kind: {name for name, held in stored_tensors(model).items() if held.kind == kind} for kind in faults.KINDS
+    }
+    assert of_kind["slopes"] == {"slope.weight", "own_slope.weight"}
+    assert of_kind["shifts"] == {"shift.shift"}
+    assert of_kind["weights"] == {"norm.weight", "embedding.weight", "attention.out_proj.weight"}
+    assert of_kind["bn_scale"] == {"scaled.weight"}
+    assert of_kind["buffers"] == {"table", "pruned.weight_mask"}
+    recurrent = {name for name, _ in model.named_parameters() if name.startswith("recurrent.")}
+    assert {"token", "attention.in_proj_bias", "listed.0", "pruned.weight_orig"} | recurrent < of_kind["others"]
+    assert not {name for name in stored_tensors(model) if "index" in name or "allowed" in name}
+    units = {name for name, module in modern.named_modules() if isinstance(module, BiRealUnit)}
+    assert set(targeted(modern, "shifts")) == {f"{unit}.shift.shift" for unit in units}
+    assert set(targeted(modern, "slopes")) == {f"{unit}.act.weight" for unit in units}
+    with inject(model, 1.0, seed=0, targets=["buffers", "listed.1"]) as flips:
+        assert flips.tensors == {"table": 128, "pruned.weight_mask": 16 * 32, "listed.1": 32}
+
+
+# Shared memory
+
+
+class Tied(nn.Module):
+    """A language model's way to share: what embeds a word also tells it; and two binarized layers with one weight."""
+
+    def __init__(self, first=None, second=None):
+        super().__init__()
+        self.first = first or nn.Embedding(64, 64)
+        self.second = second or nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.again = self.second
+
+    def forward(self, x):
+        return self.again(self.second(x))
+
+
+def binarized_pair():
+    return Tied(BinarizeLinear(64, 64, bias=False), BinarizeLinear(64, 64, bias=False))
+
+
+@WAYS
+@pytest.mark.parametrize("build", [Tied, binarized_pair])
+@pytest.mark.parametrize("p", [0.01, 0.3, 1.0])
+def test_what_is_shared_is_stored_once_and_damaged_once(monkeypatch, compiled, build, p):
+    one_way(monkeypatch, compiled)
+    model = build()
+    names = [name for name, _ in model.named_parameters()]
+    assert list(targeted(model)) == names and "second.weight" not in names
+    before = bits_of(model)
+    with float32_storage(model):
+        stored = bits_of(model)
+        after, flips = damaged_bits(model, p, seed=1)
+    for name in names:
+        count, n = int(in_order(stored[name] ^ after[name]).sum()), 32 * stored[name].size
+        assert flips.tensors[name] == count
+        assert binom.ppf(FALSE_ALARM / 24, n, p) <= count <= binom.isf(FALSE_ALARM / 24, n, p)
+    assert flips.total == sum(flips.tensors.values())
+    assert same(before, bits_of(model))
+    assert repair.stored_bits(model) == 32 * sum(x.numel() for x in model.parameters())
+
+
+def test_shared_binarized_weights_are_held_and_given_back():
+    model = binarized_pair()
+    before, x = bits_of(model), torch.randn(3, 64)
+    expected = model(x)
+    with float32_storage(model):
+        assert model.first.weight.abs().eq(1).all() and torch.equal(model(x), expected)
+    assert same(before, bits_of(model))
+    assert list(binarized_weights(model)) == ["first.weight"]
+    with flipped_weights(model, 1.0, np.random.default_rng(0)) as count:
+        assert count == 64 * 64
+        assert np.array_equal(model.first.weight.detach().flatten() >= 0, (before["first.weight"] >> 31) == 1)
+    assert same(before, bits_of(model))
+
+
+def test_a_weight_that_a_float_layer_reads_too_is_stored_as_trained():
+    model = Tied(BinarizeLinear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    before, x = bits_of(model), torch.randn(3, 64)
+    expected = model.first(model(x))
+    with inject(model, 0.0, seed=0):
+        assert torch.equal(model.first(model(x)), expected)
+    after, flips = damaged_bits(model, 1.0, seed=0)
+    assert np.array_equal(after["first.weight"], ~before["first.weight"])
+    assert flips.total == 32 * 64 * 64
+
+
+def test_tensors_in_one_memory_are_refused_and_neighbours_are_not():
+    flat = torch.randn(100)
+    model = nn.Sequential(nn.Linear(5, 10, bias=False), nn.Linear(5, 10, bias=False))
+    model[0].weight, model[1].weight = nn.Parameter(flat[:50].view(10, 5)), nn.Parameter(flat[50:].view(10, 5))
+    with inject(model, 1.0, seed=0) as flips:  # as a GPU's LSTM keeps its weights
+        assert flips.total == 3200
+    before = flat.clone()
+    for start in (0, 1, 49):
+        model[1].weight = nn.Parameter(flat[start : start + 50].view(5, 10).T)
+        with pytest.raises(TypeError, match=r"0\.weight and 1\.weight .*same memory.*second\.weight = first\.weight"):
+            inject(model, 1.0, seed=0).__enter__()
+        with pytest.raises(TypeError, match="same memory"):
+            repair.stored_bits(model)
+        assert torch.equal(flat, before)
+        with inject(model, 1.0, seed=0, targets="0.weight") as flips:
+            assert flips.total == 1600
+    with pytest.raises(TypeError, match=r"x and y .*same memory"), inject_tensors({"x": flat, "y": flat}, 1, seed=0):
+        pytest.fail("it damaged")
+
+
+# Networks that are refused
+
+
+def quantized(network):
+    return torch.ao.quantization.quantize_dynamic(network, {nn.Linear, nn.LSTM}, dtype=torch.qint8)
+
+
+def holding(tensor, parameter=True):
+    layer = nn.Linear(3, 3)
+    layer.scale = nn.Parameter(tensor, requires_grad=False) if parameter else None
+    if not parameter:
+        layer.register_buffer("words", tensor)
+    return nn.Sequential(layer, nn.BatchNorm1d(3))
+
+
+REFUSED = {
+    "quantized Linear": (lambda: quantized(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))), "0._packed.*quantized"),
+    "quantized LSTM": (lambda: quantized(nn.Sequential(nn.BatchNorm1d(3), nn.LSTM(3, 3))), "1..*quantized"),
+    "script": (lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 3))), "network .*TorchScript"),
+    "traced": (lambda: torch.jit.trace(BinarizeLinear(3, 3), torch.ones(1, 3)), "network .*TorchScript"),
+    "exported": (lambda: torch.export.export(BinarizeLinear(3, 3), (torch.ones(2, 3),)).module(), "network .*graph"),
+    "bytes": (lambda: holding(torch.ones(9, dtype=torch.int8)), "0.scale .*torch.int8.*float network"),
+    "words": (lambda: holding(torch.ones(3, 3, dtype=torch.int32), False), "0.words .*torch.int32.*float network"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "0.weight .*run the network"),
+    "meta": (lambda: nn.Linear(3, 3, device="meta"), "weight .*meta"),
+    "sparse": (lambda: holding(torch.eye(3).to_sparse()), "0.scale .*sparse"),
+    "complex": (lambda: holding(torch.ones(3, dtype=torch.complex64)), "0.scale .*float32.*complex64"),
+    "half": (lambda: holding(torch.ones(3).half()), "0.scale .*float32.*float16"),
+    "expanded": (lambda: holding(torch.ones(1).expand(3)), r"0.scale .*share a place.*contiguous\(\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what it will drop
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_damaged_is_refused_by_name(case):
+    build, message = REFUSED[case]
+    model = build()
+    for p in (0.0, 1.0):
+        with pytest.raises(TypeError, match=message), inject(model, p, seed=0):
+            pytest.fail("it damaged")
+
+
+def test_a_network_that_stores_nothing_is_refused():
+    for model, targets in ((nn.Sequential(nn.ReLU()), PARAMETERS), (vgg(), "slopes")):
+        with (
+            pytest.raises(ValueError, match="name nothing that this network"),
+            inject(model, 1, seed=0, targets=targets),
+        ):
+            pytest.fail("it damaged")
+    with inject(vgg(), 1.0, seed=0, targets=()) as flips:
+        assert flips.total == 0
 
 
 # Float32 storage
@@ -627,6 +827,12 @@ def test_kinds_and_masks_of_a_packed_network():
     assert set(targeted(model, "thresholds")) == {"0.threshold", "2.threshold"}
     assert set(targeted(model, ("directions", "0.*"))) == {name for name in stored if name < "1"} | {"2.direction"}
     assert targeted(model, "thresholds")["0.threshold"] is model[0].threshold
+    model[0].register_buffer("offset", torch.ones(3))
+    model[0].register_buffer("slope", torch.ones(3))
+    model[0].register_buffer("table", torch.ones(3, dtype=torch.uint8))
+    kinds = {name: held.kind for name, held in stored_tensors(model).items()}
+    assert [kinds[f"0.{key}"] for key in ("offset", "slope", "table")] == ["shifts", "slopes", "others"]
+    assert list(targeted(model)) == list(model.state_dict())
 
 
 def test_integers_of_an_ordinary_layer_are_not_stored():

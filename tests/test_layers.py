@@ -2,7 +2,11 @@
 
 import copy
 import math
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import nn
+from torch.nn import functional
 
 from bnn_utils.layers import (
     BinarizeConv2d,
@@ -21,6 +26,7 @@ from bnn_utils.layers import (
     binarized_weights,
     clamp_latent_weights,
 )
+from bnn_utils.models import BasicBlock
 
 FLOATS = st.floats(width=16)  # infinities and NaN among them; exact in each of the three dtypes
 DTYPES = (torch.float16, torch.float32, torch.float64)
@@ -227,6 +233,49 @@ def test_convolution_weight_gradient_by_the_chain_rule():
         expected = through if abs(layer.weight[index].item()) <= 1 else 0
         assert layer.weight.grad[index].item() == pytest.approx(expected, abs=1e-12)
     assert 0 < (layer.weight.grad == 0).sum() < layer.weight.numel()
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_shortcut_picks_its_pixels_and_computes_the_same(binary, layout):
+    convolution = BasicBlock(20, 40, 2, binary=binary).downsample[0]
+    x = randn(4, 20, 9, 16).float().to(memory_format=layout)
+    inputs, weight = (sign(x), sign(convolution.weight)) if binary else (x, convolution.weight)
+    expected = functional.conv2d(torch.as_tensor(inputs), torch.as_tensor(weight), stride=2)
+    y = convolution(x)
+    assert y.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(y, expected.to(y.dtype), rtol=0, atol=0 if binary else 1e-5)  # sums of signs are exact
+
+
+SHORTCUT_GRADIENTS = """
+import torch
+from bnn_utils.models import BasicBlock
+
+torch.manual_seed(0)
+torch.set_num_threads(2)
+x = torch.rand(64, 3, 8, 8).mul(2).sub(1).to(memory_format=torch.channels_last)
+incoming = torch.randn(64, 7, 4, 4)
+for binary in (True, False):
+    convolution = BasicBlock(3, 7, 2, binary=binary).downsample[0]
+    gradients = []
+    for dtype in [torch.float64] + 8 * [torch.float32]:
+        inputs = x.to(dtype, copy=True).requires_grad_()
+        convolution.to(dtype).weight.grad = None
+        convolution(inputs).backward(incoming.to(dtype))
+        gradients.append((inputs.grad, convolution.weight.grad))
+    for exact, *others in zip(*gradients):
+        print(((torch.stack(others) - exact).abs().max() / exact.abs().max()).item())
+"""
+
+
+def test_gradients_of_a_shortcut_in_an_instruction_set_where_torch_alone_gets_them_wrong():
+    """oneDNN, issue 6035: with AVX2, errors between 0.1 and 2.4, or the process dies."""
+    run = [sys.executable, "-c", SHORTCUT_GRADIENTS]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    ran = subprocess.run(run, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    errors = [float(line) for line in ran.stdout.split()]
+    assert len(errors) == 4 and all(error < 1e-5 for error in errors), errors
 
 
 # ---------------------------------------------------------------- a layer is an ordinary module

@@ -498,6 +498,21 @@ def test_summary_changes_nothing(make, training):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_summary_counts_what_layers_share_once():
+    model = resnet_bireal(width=0.05, input_size=8, depth=20)
+    expected = summary(model)
+    first, second = model.layer1[1:3]
+    second.conv.weight = first.conv.weight  # a weight in two layers
+    model.layer1[3] = first  # layers that are used twice
+    table = summary(model)
+    weights = first.conv.weight.numel()
+    assert table["binary_weights"].sum() == expected["binary_weights"].sum() - 2 * weights
+    assert table["macs"].tolist() == expected["macs"].tolist()
+    parameters = sum(x.numel() for x in model.parameters())
+    assert table["binary_weights"].sum() + table["floats"].sum() == parameters
+    assert table["statistics"].sum() == sum(x.numel() for x in model.buffers() if x.is_floating_point())
+
+
 def test_summary_rows_follow_the_forward_pass():
     table = summary(vgg_cifar10_binary(width=0.125, in_channels=1, input_size=8)).set_index("layer")
     convolutions, norms = (0, 3, 7, 10, 14, 17), (1, 5, 8, 12, 15, 19)

@@ -640,6 +640,14 @@ def test_stored_bits_of_a_packed_layer(repair, beside):
     assert stored_bits(layer, repair) == 2 * 27 + 2 * 16 + 2 + beside
 
 
+def test_few_bits_are_not_the_many_of_a_parameter_of_another_name():
+    model = torch.nn.Sequential(torch.nn.LSTM(8, 64), torch.nn.PReLU(4), torch.nn.Linear(64, 64))
+    names = [name for name, x in model.named_parameters() if x.numel() < 600]
+    assert few_bits(model, 600 / sum(x.numel() for x in model.parameters())) == names
+    assert "1.weight" in names and "0.bias_ih_l0" in names and "0.weight_ih_l0" not in names
+    assert few_bits(model, 0.0) == ["1.weight", "2.bias"]
+
+
 def test_stored_bits_by_default_and_of_an_unknown_repair():
     assert stored_bits(small()) == 32 * 57
     with pytest.raises(ValueError, match=r"'pray'.*none, clip, range"):
