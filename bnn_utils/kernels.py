@@ -14,10 +14,12 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from bnn_utils.compiling import njit
 
 LANES = 8  # words in a vector: the 512 bits of AVX-512; LLVM splits it where registers are shorter
 TILE_POSITIONS, TILE_FILTERS = 4, 4 * LANES  # what one tile computes, held in registers
