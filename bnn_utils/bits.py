@@ -16,7 +16,7 @@ _LANES = 1 << 16
 
 compiled: Callable[[Any], Any]
 try:
-    from numba import njit
+    from bnn_utils.compiling import njit
 
     NUMBA = True
     compiled = njit(nogil=True, cache=True)

@@ -21,7 +21,7 @@ from bnn_utils.layers import BINARIZED, Shift, binarize
 BITS = 32  # of a stored number in float32 storage
 STORAGES = ("float32", "packed")
 PARAMETERS = (
-    *("weights", "biases", "bn_scale", "bn_shift", "shifts", "slopes"),
+    *("weights", "float_weights", "biases", "bn_scale", "bn_shift", "shifts", "slopes"),
     *("others", "thresholds", "directions"),  # others: parameters of any other name, such as those of an LSTM
 )
 KINDS = (*PARAMETERS, "running_mean", "running_var", "buffers")  # buffers: those of any other name
@@ -150,11 +150,11 @@ class Stored(NamedTuple):
 def stored_tensors(model: nn.Module) -> dict[str, Stored]:
     """Return every tensor that the memory of `model` holds, by state_dict name, in order.
 
-    Its kind is one of KINDS. Parameters of any name are "others" where no kind is known for them: none is left out. A
-    tensor that several modules share is stored once, and bears its first name. Buffers of ordinary modules that are
-    not running statistics are "buffers", which nothing damages unless it is told to, except that those called weight
-    or bias count as parameters. Integers among them, such as BatchNorm's batch counter, and tensors that are neither
-    parameters nor buffers are no part of memory.
+    Its kind is one of KINDS. Weights of layers that are not binarized are "float_weights". Parameters of any name are
+    "others" where no kind is known for them: none is left out. A tensor that several modules share is stored once, and
+    bears its first name. Buffers of ordinary modules that are not running statistics are "buffers", which nothing
+    damages unless it is told to, except that those called weight or bias count as parameters. Integers among them,
+    such as BatchNorm's batch counter, and tensors that are neither parameters nor buffers are no part of memory.
 
     A packed layer is a module with an attribute `masks`, a dict from the names of its buffers to their masks, of the
     same shape and dtype; a buffer without one is used entirely.
@@ -183,6 +183,8 @@ def stored_tensors(model: nn.Module) -> dict[str, Stored]:
                     raise TypeError(f"{full} cannot be damaged: it holds {tensor.dtype}, not floats; {_INSTEAD}")
                 continue
             kind = kinds.get(key, "others" if parameter or packed else "buffers")
+            if kind == "weights" and tensor.is_floating_point() and not isinstance(module, BINARIZED):
+                kind = "float_weights"
             shared = (id(tensor), kind in PARAMETERS)
             if shared not in seen:
                 seen.add(shared)

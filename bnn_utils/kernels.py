@@ -15,11 +15,13 @@ import numba
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_process_triple
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from bnn_utils.compiling import njit
 
 BLOCK = 32  # positions that a thread takes at a time
 PANEL = 32  # filters that lie side by side in memory

@@ -279,7 +279,7 @@ def few_bits(model: nn.Module, share: float = 0.01) -> list[str]:
     """Return the names of stored tensors that a repair can guard at little cost.
 
     They are all parameters that belong to a kind of few bits, and those weights, and parameters of other names, that
-    fill less than `share` of memory.
+    fill less than `share` of memory. Beside binarized weights, those that stay floats are few, whatever they fill.
 
     The smallest layers (of the image, of shortcuts, of the classes) have the fewest weights to average errors away,
     and guarding them costs next to nothing.
@@ -292,7 +292,8 @@ def few_bits(model: nn.Module, share: float = 0.01) -> list[str]:
     parameters = selected(model)
     bits = {name: _used_bits(held) for name, held in parameters.items()}
     least = share * sum(bits.values())
-    few = set(FLOATS) - {"others"}
+    binarized = any(held.kind == "weights" for held in parameters.values())
+    few = set(FLOATS) - ({"others"} if binarized else {"others", "float_weights"})
     return [name for name, held in parameters.items() if held.kind in few or bits[name] < least]
 
 

@@ -193,9 +193,9 @@ def test_what_is_yielded_is_what_changed(p):
 def test_weights_of_a_float_network_err_as_the_floats_that_they_are():
     model = vgg_cifar10_binary(width=0.02, in_channels=1, input_size=8, binary=False)
     layers = ("features.3.weight", "classifier.3.weight")
-    assert {stored_tensors(model)[name].kind for name in layers} == {"weights"}
+    assert {stored_tensors(model)[name].kind for name in layers} == {"float_weights"}
     before = bits_of(model)
-    after, flips = damaged_bits(model, 0.1, seed=6, targets="weights")
+    after, flips = damaged_bits(model, 0.1, seed=6, targets="float_weights")
     changed = {name: int(np.unpackbits((before[name] ^ after[name]).view(np.uint8)).sum()) for name in before}
     assert flips.tensors == {name: count for name, count in changed.items() if count}
     assert set(layers) < set(flips.tensors) and flips.bits.min() > 0
@@ -507,7 +507,8 @@ def test_kinds_of_parameters_and_buffers_of_any_name():
     }
     assert of_kind["slopes"] == {"slope.weight", "own_slope.weight"}
     assert of_kind["shifts"] == {"shift.shift"}
-    assert of_kind["weights"] == {"norm.weight", "embedding.weight", "attention.out_proj.weight"}
+    assert of_kind["weights"] == set()
+    assert of_kind["float_weights"] == {"norm.weight", "embedding.weight", "attention.out_proj.weight"}
     assert of_kind["bn_scale"] == {"scaled.weight"}
     assert of_kind["buffers"] == {"table", "pruned.weight_mask"}
     recurrent = {name for name, _ in model.named_parameters() if name.startswith("recurrent.")}

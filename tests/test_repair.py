@@ -14,8 +14,8 @@ from scipy.stats import binom
 from torch import nn
 
 from bnn_utils.faults import PARAMETERS, float32_storage, inject, inject_tensors, stored_tensors, targeted
-from bnn_utils.layers import BinarizeConv2d, BinarizeLinear
-from bnn_utils.models import resnet_binary, vgg_cifar10_binary
+from bnn_utils.layers import BinarizeConv2d, BinarizeLinear, binarized_weights
+from bnn_utils.models import resnet_binary, resnet_bireal, vgg_cifar10_binary
 from bnn_utils.packed import PackedLayer, pack
 from bnn_utils.repair import (
     FLOATS,
@@ -638,6 +638,15 @@ def test_stored_bits_of_a_packed_layer(repair, beside):
     layer = PackedLayer(BinarizeConv2d(3, 2, 3)).fold(nn.BatchNorm2d(2).eval(), None)
     assert layer.weight.nbytes > 1000  # of which 54 bits are used
     assert stored_bits(layer, repair) == 2 * 27 + 2 * 16 + 2 + beside
+
+
+def test_float_weights_beside_binarized_ones_are_few_whatever_they_fill():
+    model = resnet_bireal(width=0.05, input_size=8)
+    assert model.conv1.weight.nbytes > 0.05 * sum(x.numel() for x in binarized_weights(model).values()) / 8
+    for network in (model, pack(model.eval())):
+        few, stored = few_bits(network, 0.0), stored_tensors(network)
+        expected = {name for name, held in stored.items() if held.kind in PARAMETERS and held.kind != "weights"}
+        assert set(few) == expected and {"conv1.weight", "fc.weight"} < expected
 
 
 def test_few_bits_are_not_the_many_of_a_parameter_of_another_name():
