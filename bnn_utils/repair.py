@@ -182,14 +182,16 @@ def _guarded(
     targets: Sequence[str],
     store: Callable[[NDArray[np.uint8]], dict[str, NDArray[np.uint8]]],
     read: Callable[..., NDArray[np.uint8]],
+    view: Callable[[Stored], Stored] = lambda held: held,
 ) -> Plan:
     """Plan a repair of each target by itself.
 
     Args:
         store: makes what is stored from the bytes of `_used`.
         read: makes the bytes of `_used` from those in memory and what is stored.
+        view: gives a target the mask of the bits that are guarded, where those are not all that are used.
     """
-    guarded = selected(model, targets)
+    guarded = {name: view(held) for name, held in selected(model, targets).items()}
     with float32_storage(model):  # memory holds signs, whatever the network was given as
         kept = {
             name: {part: torch.from_numpy(array) for part, array in store(_used(held)).items()}
@@ -232,7 +234,14 @@ def secded(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> Plan:
     return _guarded(model, targets, lambda used: {"check": encode(_words(used))}, read)
 
 
-def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS, reads: int = 3) -> Plan:
+def _upper(held: Stored) -> Stored:
+    """Return what is held as if of a float32 only the upper half had a meaning, a bfloat16."""
+    if held.tensor.dtype != torch.float32:
+        return held
+    return held._replace(mask=torch.full(held.tensor.shape, -1 << 16, dtype=torch.int32).view(torch.float32))
+
+
+def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS, reads: int = 3, upper: bool = False) -> Plan:
     """Plan to store more copies, in whole bytes, and to read each bit as most of them say.
 
     Where each read is wrong with probability p, independently, most of three are with 3 p^2 - 2 p^3, most of five with
@@ -241,6 +250,8 @@ def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS, reads: int = 3) 
     Args:
         targets: what is copied, in the words of `bnn_utils.faults.inject`.
         reads: how often each bit is stored, its own place included: an odd number, at least 3.
+        upper: copy, of each 32-bit float, its upper half alone: sign, exponent and 7 bits of the mantissa. An error in
+            what is left changes the number by less than a hundredth.
 
     Raises:
         ValueError: a target names nothing that the network stores, or `reads` is another number.
@@ -251,7 +262,8 @@ def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS, reads: int = 3) 
     if reads < 3 or reads % 2 == 0:
         raise ValueError(f"reads must be an odd number of at least 3, got {reads}")
     copies = [f"copy {number}" for number in range(1, reads)]
-    return _guarded(model, targets, lambda used: {copy: used.copy() for copy in copies}, majority)
+    view = _upper if upper else lambda held: held
+    return _guarded(model, targets, lambda used: {copy: used.copy() for copy in copies}, majority, view)
 
 
 def both(first: Plan, second: Plan) -> Plan:
@@ -307,6 +319,7 @@ REPAIRS: dict[str, Callable[[nn.Module], Plan]] = {
     "vote-range": lambda model: both(vote(model, FLOATS), range_check(model)),
     "vote5-range": lambda model: both(vote(model, FLOATS, reads=5), range_check(model)),
     "vote5-few-range": lambda model: both(vote(model, few_bits(model), reads=5), range_check(model)),
+    "vote5-upper-range": lambda model: both(vote(model, few_bits(model), 5, upper=True), range_check(model)),
     "vote7-small-range": lambda model: both(vote(model, few_bits(model, 0.03), reads=7), range_check(model)),
     "vote": vote,
 }

@@ -405,6 +405,28 @@ def test_the_vote_reads_what_two_of_three_say(held, repair):
 
 
 @EVERY_NETWORK
+def test_a_vote_on_upper_halves_leaves_lower_halves_as_read(held):
+    before = bits_of(held)
+    plan = vote(held, reads=5, upper=True)
+    floats = {n: x for n, x in stored_tensors(held).items() if x.kind in PARAMETERS and x.tensor.dtype == torch.float32}
+    tensors = {name: stored.tensor for name, stored in floats.items()} | plan.stored
+    upper = {name: [p for p in range(8 * x.tensor.nbytes) if p % 32 >= 16] for name, x in floats.items()}
+    lower = {name: [p for p in range(8 * x.tensor.nbytes) if p % 32 < 16] for name, x in floats.items()}
+    for name in floats:
+        assert 8 * plan.stored[f"{name}.copy 1"].nbytes == len(upper[name])
+    for wrong, repaired in ((1, True), (2, False)):  # beside the network itself: two and three reads of five
+        copies = {f"{name}.copy {i + 1}": range(len(upper[name])) for name in floats for i in range(wrong)}
+        with inverted(tensors, upper | copies):
+            outvoted = bits_of(held)
+            with plan.read():
+                assert bits_of(held) == (before if repaired else outvoted)
+    with inverted(tensors, lower):
+        damaged = bits_of(held)
+        with plan.read():
+            assert bits_of(held) == damaged != before
+
+
+@EVERY_NETWORK
 def test_the_range_check_reads_what_the_vote_has_left(held):
     plan, alone, check = REPAIRS["vote-range"](held), REPAIRS["vote-floats"](held), REPAIRS["range"](held)
     assert plan.stored.keys() == alone.stored.keys()
@@ -608,6 +630,7 @@ def test_few_bits(packed):
         ("vote-range", 2 * 32 * 15),
         ("vote5-range", 4 * 32 * 15),
         ("vote5-few-range", 4 * 32 * 15),  # no weights are few here
+        ("vote5-upper-range", 4 * 16 * 15),
         ("vote7-small-range", 6 * 32 * 15),
     ],
 )
@@ -630,6 +653,7 @@ def test_stored_bits_of_floats(repair, beside):
         ("vote-range", 2 * (32 + 8)),
         ("vote5-range", 4 * (32 + 8)),
         ("vote5-few-range", 4 * (32 + 8)),
+        ("vote5-upper-range", 4 * (32 + 8)),  # there are no floats
         ("vote7-small-range", 6 * (32 + 8)),
     ],
 )
