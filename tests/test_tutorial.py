@@ -13,9 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bnn_utils import campaign, checkpoints, data, tutorial
+from bnn_utils import campaign, checkpoints, data
 from bnn_utils.training import Recipe, train
-from bnn_utils.tutorial import PROFILES, start
+from course import tutorial
+from course.tutorial import PROFILES, start
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def test_quick_is_the_default(tmp_path, capsys):
     assert settings.profile == "quick"
     assert settings.sizes is PROFILES["quick"]
     assert settings.figures == tmp_path / "figures" / "quick"
-    assert settings.data_path == Path(tutorial.__file__).parents[1] / "data"
+    assert settings.data_path == Path(tutorial.__file__).parents[2] / "data"
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 1
     assert "quick" in printed.out
@@ -67,7 +68,7 @@ def test_the_environment_chooses(monkeypatch, tmp_path):
     assert settings.figures == tmp_path / "figures" / "full"
     assert settings.data_path == tmp_path / "sets"
     monkeypatch.delenv("BNN_FIGURES")
-    assert start().figures == Path(tutorial.__file__).parents[1] / "figures" / "full"
+    assert start().figures == Path(tutorial.__file__).parents[2] / "figures" / "full"
 
 
 @pytest.mark.parametrize("profile", ["slow", "", "QUICK"])
