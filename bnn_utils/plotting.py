@@ -129,7 +129,10 @@ def panels(
 
 def legend_outside(figure: Figure, axis: Axes, where: str = "upper center", **arguments: Any) -> None:
     """Move the legend of one panel out of it, to a side of the whole figure; those of the others go."""
+    handles: list[Any]
     handles, words = axis.get_legend_handles_labels()
+    if inside := axis.get_legend():  # seaborn's histograms have no labels but those in their legend
+        handles, words = list(inside.legend_handles), [text.get_text() for text in inside.get_texts()]
     for panel in figure.axes:
         if drawn := panel.get_legend():
             drawn.remove()
