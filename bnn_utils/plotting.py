@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from bnn_utils.campaign import mean_interval, median_interval
 from bnn_utils.system import write_beside
@@ -96,10 +96,18 @@ def interval(values: Any) -> tuple[float, float]:
 
 def percent(*axes: Axis) -> None:
     """Write the shares (0..1) on these axes as percent; call it once a logarithmic scale is set."""
+
+    def words(share: float, _: int | None) -> str:
+        return f"{round(100 * share, 6):g}"
+
+    def between(axis: Axis, share: float, _: int | None) -> str:
+        low, high = axis.get_view_interval()
+        return words(share, _) if high < 100 * low and f"{share:e}"[0] in "25" else ""  # few decades: 1, 2, 5, 10
+
     for axis in axes:
-        axis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6):g}"))
+        axis.set_major_formatter(FuncFormatter(words))
         if axis.get_scale() == "log":
-            axis.set_minor_formatter(NullFormatter())
+            axis.set_minor_formatter(FuncFormatter(partial(between, axis)))
 
 
 def panels(
