@@ -281,14 +281,6 @@ def test_a_figure_is_three_files(table):
     assert ElementTree.parse(files["05-accuracy-vs-probability.svg"]).getroot().tag.endswith("svg")
 
 
-def test_the_same_figure_gives_the_same_bytes(table):
-    settings = start()
-    settings.save_figure("01-a", drawn(table), table)
-    before = {path.name: path.read_bytes() for path in settings.figures.iterdir()}
-    settings.save_figure("01-a", drawn(table), table)
-    assert {path.name: path.read_bytes() for path in settings.figures.iterdir()} == before
-
-
 @pytest.mark.parametrize(("source", "says"), [("", "digits, quick profile"), ("a benchmark", "a benchmark")])
 def test_a_figure_says_what_it_was_drawn_from(table, source, says):
     settings = start()
