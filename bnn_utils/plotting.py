@@ -39,6 +39,10 @@ LABELS = {
     "vote5-few-range": "that, smallest layers' weights too",
     "vote7-small-range": "vote of seven, small layers too, range check",
     "vote": "vote of three",
+    "bn_scale": "BatchNorm scale",
+    "bn_shift": "BatchNorm shift",
+    "running_mean": "running mean",
+    "running_var": "running variance",
     "adam": "Adam",
     "sgd": "SGD, momentum 0.9",
 }
@@ -82,10 +86,9 @@ def palette(names: Iterable[str]) -> dict[str, str]:
 
 
 def worded(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a copy whose networks, repairs and optimizers are called by their words, as a legend shall show them."""
-    return table.assign(
-        **{name: table[name].map(label) for name in ("network", "repair", "optimizer") if name in table}
-    )
+    """Return a copy in which what has a word is called by it, as a picture shall show it; see LABELS."""
+    columns = ("network", "repair", "optimizer", "kind", "what")
+    return table.assign(**{name: table[name].map(label) for name in columns if name in table})
 
 
 def interval(values: Any) -> tuple[float, float]:
