@@ -17,14 +17,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-import bnn_utils
+from bnn_utils import plotting
 from bnn_utils.data import Images
 from bnn_utils.models import build
 from bnn_utils.system import write_beside
 
 PAUSE = 0.2  # seconds before a turn, if a turn lasts that long
 RESULTS = Path(__file__).parent / "results"
-STYLE = Path(bnn_utils.__file__).with_name("tutorial.mplstyle")
 VERSIONS = ("torch", "numpy", "numba", "onnxruntime", "openvino")
 
 
@@ -144,13 +143,11 @@ def publish(name: str, table: pd.DataFrame, draw: Callable[[pd.DataFrame], Figur
     source = out / f"{name}.csv"
     write_beside(source, partial(table.to_csv, index=False))
     table = pd.read_csv(source)
-    with plt.style.context(STYLE):
+    with plt.style.context(plotting.STYLE):
         figure = draw(table)
         says = f"{table['machine'][0].split(';')[0]}, threads: {table['threads'][0]}"
         figure.text(1, -0.01, says, ha="right", va="top", fontsize=7, color="0.4")
-        metadata_of = {"png": {"Software": None}, "svg": {"Date": None}}
-        for kind, silence in metadata_of.items():
-            save = partial(figure.savefig, format=kind, bbox_inches="tight", metadata=silence)
-            write_beside(out / f"{name}.{kind}", save)
+        for kind in ("png", "svg"):
+            plotting.save(figure, out / f"{name}.{kind}")
         plt.close(figure)
     print(f"\nwrote {source}, {name}.png and {name}.svg")

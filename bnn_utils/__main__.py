@@ -46,6 +46,7 @@ WAIT_SECONDS = 30  # as long as processes that start together may be apart
 FIXED_TRIALS, MOST_TRIALS = 20, 10_000  # by default: without --until, with it
 _PATH = os.path.expanduser  # shells leave the ~ of --option=~/folder as it is
 SHORTCUTS = {"published": True, "none": False}
+PICTURES = (".png", ".svg", ".pdf")
 PUBLISHED_WORDS = {"none": "damaged", "clip": "clipped"}
 
 
@@ -210,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a new file for every trial: FILE.sqlite is written as they finish, FILE.csv at the end",
     )
     sub.add_argument("--resume", action="store_true", help="go on with --out FILE.sqlite, if it is there")
+    sub.add_argument("--plot", metavar="FILE", help="a new picture of accuracy against probability: .png, .svg or .pdf")
     where = sub.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, metavar="N", help="run trials in N processes")
     where.add_argument("--cluster", metavar="ADDRESS", help="run trials on the cluster of this Dask scheduler")
@@ -558,6 +560,8 @@ def _damage(arguments: argparse.Namespace) -> None:
         _on_the_cpu(arguments, "packed networks compute")
     if arguments.workers is not None or arguments.cluster is not None:
         _on_the_cpu(arguments, "workers compute")
+    if arguments.plot is not None:
+        _check_plot(arguments)
     model, images = _load_trained(arguments, arguments.storage == "packed")
     repairs = list(dict.fromkeys(arguments.repair))
     trials = arguments.trials
@@ -585,6 +589,32 @@ def _damage(arguments: argparse.Namespace) -> None:
     print(published_form(table, original))
     if arguments.until is not None:
         print(_stopping(table, arguments.until))
+    if arguments.plot is not None:
+        _plot(table, original, arguments.plot)
+
+
+def _check_plot(arguments: argparse.Namespace) -> None:
+    """Raise ValueError or OSError, before anything is computed, where the picture could not be drawn."""
+    path = Path(arguments.plot)
+    if path.suffix not in PICTURES:
+        raise ValueError(f"--plot {path}: expected a name that ends in one of {', '.join(PICTURES)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder to write {path.name} in")
+    if path.exists() and not arguments.resume:
+        raise FileExistsError(f"{path}: is there already; name another file")
+    if not any(arguments.probabilities):
+        raise ValueError("--plot: its axis is logarithmic, so a probability above 0 is needed")
+
+
+def _plot(table: pd.DataFrame, original: Evaluation, path: str) -> None:
+    """Draw the accuracy of a campaign of one network into a file."""
+    from matplotlib.pyplot import style  # only those who want a picture wait for what draws it
+
+    from bnn_utils import plotting
+
+    clean = pd.DataFrame({"network": table["network"].unique(), "accuracy": original.accuracy})
+    with style.context(plotting.STYLE):
+        plotting.save(plotting.damage_curves(table, clean=clean), path)
 
 
 def _stopping(table: pd.DataFrame, until: float) -> str:

@@ -346,6 +346,22 @@ def test_damage_with_every_repair(best, capsys):
     assert [line.split(" loss:")[0] for line in lines] == words
 
 
+@pytest.mark.parametrize("form", ["png", "svg"])
+def test_damage_draws_its_table(best, tmp_path, form):
+    plots = [tmp_path / f"{word}.{form}" for word in ("a", "b")]
+    for plot in plots:
+        assert damage(best, "--trials", 2, "--plot", plot) == 0
+    assert plots[0].read_bytes() == plots[1].read_bytes()
+    if form == "png":
+        with Image.open(plots[0]) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 5
+    else:
+        assert "<svg" in plots[0].read_text()
+    before = tree(tmp_path)
+    assert damage(best, "--trials", 2, "--plot", plots[0]) == 2  # is there already
+    assert tree(tmp_path) == before
+
+
 def damage(best, *options):
     chosen = ["--probabilities", "1e-3", "1e-2", "--limit", 20, *options]
     return run(["damage", "-e", best, "--dataset", "digits", *chosen])
@@ -918,6 +934,9 @@ BAD = [
     bad(f"{DAMAGE} --until nan", "until"),
     bad(f"{DAMAGE} --until soon", "--until"),
     bad(f"{DAMAGE} --scratch nowhere --out new.sqlite", "nowhere"),
+    bad(f"{DAMAGE} --plot curve.txt", ".png, .svg, .pdf"),
+    bad(f"{DAMAGE} --plot nowhere/curve.png", "nowhere: no such folder"),
+    bad(f"{DAMAGE} --probabilities 0 --plot curve.png", "above 0"),
 ]
 
 

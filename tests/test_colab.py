@@ -1,4 +1,4 @@
-"""The notebooks' set-up cell: it finds bnn_utils from any folder, and fetches it on Colab.
+"""The notebooks' set-up cell: it finds the course from any folder in it, and fetches it on Colab.
 
 Colab is stood in for by an interpreter that has every package of the tests except bnn_utils, a stand-in
 google.colab module and an empty working directory. Building bnn_utils there uses the setuptools that is
@@ -33,9 +33,9 @@ if {colab}:
 """
 AFTER = """
 import json
-import bnn_utils, numpy, torch
+import bnn_utils, course, numpy, torch
 print()
-state = {"bnn_utils": bnn_utils.__file__, "cwd": os.getcwd(), "profile": settings.profile}
+state = {"bnn_utils": bnn_utils.__file__, "course": course.__file__, "cwd": os.getcwd(), "profile": settings.profile}
 state.update({package.__name__: [package.__version__, package.__file__] for package in (numpy, torch)})
 print(json.dumps(state))
 """
@@ -67,10 +67,11 @@ def package_files():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A git repository that holds the package as it is in this checkout."""
+    """A git repository that holds both packages as they are in this checkout."""
     folder = tmp_path_factory.mktemp("source")
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(tool.ROOT / "bnn_utils", folder / "bnn_utils", ignore=ignore)
+    for package in ("bnn_utils", "notebooks/course"):
+        shutil.copytree(tool.ROOT / package, folder / package, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(tool.ROOT / name, folder)
     git = ["git", "-C", str(folder), "-c", "user.name=test", "-c", "user.email=test@example.org"]
@@ -98,20 +99,24 @@ def bare_python(tmp_path):
     return python
 
 
-@pytest.mark.parametrize("place", ["root", "notebooks", "elsewhere"])
-def test_the_cell_finds_the_package(place, tmp_path):
-    folder = {"root": tool.ROOT, "notebooks": tool.ROOT / "notebooks", "elsewhere": tmp_path}[place]
-    state, printed = run_cell(folder)
-    if place != "elsewhere":
-        assert Path(state["bnn_utils"]) == tool.ROOT / "bnn_utils" / "__init__.py"
-    assert Path(state["cwd"]) == (tmp_path if place == "elsewhere" else tool.ROOT)
+def check_home(state, home):
+    """Both packages come from this folder, and it is where the notebook works."""
+    assert Path(state["bnn_utils"]) == home / "bnn_utils" / "__init__.py"
+    assert Path(state["course"]) == home / "notebooks" / "course" / "__init__.py"
+    assert Path(state["cwd"]) == home
+
+
+@pytest.mark.parametrize("place", [".", "notebooks", "notebooks/course"])
+def test_the_cell_finds_the_course(place):
+    state, printed = run_cell(tool.ROOT / place)
+    check_home(state, tool.ROOT)
     assert state["profile"] == "quick"
     assert len(printed.splitlines()) == 1 and "quick" in printed
 
 
-def test_the_cell_finds_the_package_where_it_is_not_installed(bare_python):
+def test_the_cell_finds_the_course_where_it_is_not_installed(bare_python):
     state, _ = run_cell(tool.ROOT / "notebooks", bare_python)
-    assert Path(state["bnn_utils"]) == tool.ROOT / "bnn_utils" / "__init__.py"
+    check_home(state, tool.ROOT)
 
 
 @pytest.mark.parametrize("path_starts_with", ["working directory", "content folder"])
@@ -128,6 +133,7 @@ def test_colab(path_starts_with, tmp_path, bare_python, source):
         assert seen == package.__version__ and Path(file).samefile(package.__file__)
     clone = content / "bnn-tutorial"
     assert Path(state["cwd"]) == clone
+    assert Path(state["course"]) == clone / "notebooks" / "course" / "__init__.py"
     installed = bare_python.parent.parent
     home = clone if entry == "" else installed
     assert Path(state["bnn_utils"]).is_relative_to(home)
@@ -143,8 +149,8 @@ def test_colab(path_starts_with, tmp_path, bare_python, source):
     assert again == state
 
 
-def test_elsewhere_a_missing_package_is_an_import_error(tmp_path, bare_python):
-    line = [str(bare_python), "-c", CELL]
+def test_elsewhere_the_missing_course_is_an_import_error(tmp_path):
+    line = [sys.executable, "-c", CELL]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: No module named 'bnn_utils'")
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: No module named 'course'")

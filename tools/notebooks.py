@@ -34,14 +34,14 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PROFILES = ("full", "cifar10", "quick")  # those of bnn_utils.tutorial, the most real first
+PROFILES = ("full", "cifar10", "quick")  # those of notebooks/course/tutorial.py, the most real first
 ONLY = {"cifar10": ("05", "06", "07", "08", "09")}  # of a profile in which not all notebooks hold
 SUFFIXES = (".png", ".svg", ".csv")
 KERNEL_EXIT_SECONDS = 60  # killed earlier, a busy machine's kernel leaves temporary files, and complaints about them
 LARGEST_NOTEBOOK = 1_000_000  # bytes
 
 SETUP_CELL = """\
-# Set-up, the same in every notebook: find bnn_utils (Colab fetches it), set profile, seed and figure style.
+# Set-up, the same in every notebook: find the course (Colab fetches it), set profile, seed and figure style.
 import importlib
 import os
 import subprocess
@@ -49,7 +49,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = "{repository}"
-root = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / "bnn_utils/tutorial.py").exists()), None)
+root = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / "notebooks/course").is_dir()), None)
 if root is None and "google.colab" in sys.modules:
     root = Path("bnn-tutorial").resolve()
     source = os.environ.get("BNN_REPOSITORY", REPOSITORY)
@@ -58,9 +58,10 @@ if root is None and "google.colab" in sys.modules:
     # --no-deps: Colab's own torch and numpy stay as they are
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", root], check=True)
     importlib.invalidate_caches()
-os.chdir(root or ".")  # Python looks for packages in the kernel's working directory
+os.chdir(root or ".")  # Python looks for packages in the kernel's working directory,
+sys.path.insert(0, os.path.abspath("notebooks"))  # and here for those of the notebooks alone
 
-from bnn_utils import tutorial
+from course import tutorial
 
 settings = tutorial.start()"""
 

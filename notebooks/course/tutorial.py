@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from bnn_utils import campaign, checkpoints, data
+from bnn_utils import campaign, checkpoints, data, plotting
 from bnn_utils.models import build
 from bnn_utils.system import write_beside
 from bnn_utils.training import Recipe, train
@@ -247,10 +247,8 @@ class Settings:
         self.figures.mkdir(parents=True, exist_ok=True)
         source = source or ", ".join(filter(None, (self.data_name, f"{self.profile} profile")))
         figure.text(1, -0.01, source, ha="right", va="top", fontsize=7, color="0.4")
-        metadata = {"png": {"Software": None}, "svg": {"Date": None}}
         for kind in ("png", "svg"):
-            target = self.figures / f"{name}.{kind}"
-            write_beside(target, partial(figure.savefig, format=kind, bbox_inches="tight", metadata=metadata[kind]))
+            plotting.save(figure, self.figures / f"{name}.{kind}")
         write_beside(self.figures / f"{name}.csv", partial(table.to_csv, index=False))
 
 
@@ -270,16 +268,15 @@ def start() -> Settings:
     profile = os.environ.get("BNN_PROFILE", "quick")
     if profile not in PROFILES:
         raise ValueError(f"BNN_PROFILE is {profile!r}, expected one of {', '.join(PROFILES)}")
-    plt.style.use(Path(__file__).with_name("tutorial.mplstyle"))
+    plt.style.use(plotting.STYLE)
     if PROFILES[profile].threads:
         torch.set_num_threads(PROFILES[profile].threads)
     seed = 0
     torch.manual_seed(seed)
-    root = Path(__file__).resolve().parents[1]
-    base = root if (root / "pyproject.toml").is_file() else Path.cwd()  # installed without the repository around it
-    figures = _folder("BNN_FIGURES", base / "figures") / profile
-    networks = _folder("BNN_NETWORKS", base / "executed" / "networks") / profile
-    data_path = _folder("BNN_DATA", base / "data")
+    root = Path(__file__).resolve().parents[2]
+    figures = _folder("BNN_FIGURES", root / "figures") / profile
+    networks = _folder("BNN_NETWORKS", root / "executed" / "networks") / profile
+    data_path = _folder("BNN_DATA", root / "data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     version, threads = torch.__version__.split("+")[0], torch.get_num_threads()
     print(f"profile {profile}, seed {seed}, torch {version}, device {device}, threads {threads}")

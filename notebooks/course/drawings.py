@@ -1,0 +1,78 @@
+"""Drawings that take more than a short cell: diagrams, and the layout of bits. Each is made from a table alone."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+
+def diagram(table: pd.DataFrame) -> Figure:
+    """Draw boxes joined by arrows, coloured by what they put out: real numbers, +1 and -1, or whole numbers.
+
+    Args:
+        table: columns name, x, y (a box's centre), text, values ("real", "sign" or "whole"), after (names of the boxes
+            that lead to it, separated by blanks).
+    """
+    figure, axis = plt.subplots(figsize=(7.0, 2.1))
+    shades = {"real": "#F5D58A", "sign": "#9CCBEA", "whole": "0.88"}
+    words = {"real": "real numbers", "sign": "+1 and −1", "whole": "whole numbers"}
+    boxes, drawn = table.set_index("name"), {}
+    axis.set(
+        xlim=(boxes["x"].min() - 0.5, boxes["x"].max() + 0.6), ylim=(boxes["y"].min() - 0.9, boxes["y"].max() + 0.4)
+    )
+    for name, box in boxes.iterrows():
+        style = dict(boxstyle="round,pad=0.35", facecolor=shades[box["values"]], edgecolor="0.3")
+        drawn[name] = axis.text(box["x"], box["y"], box["text"], ha="center", va="center", fontsize=9, bbox=style)
+    figure.canvas.draw()  # the arrows end at the boxes' edges, which are known only now
+    for name, box in boxes.iterrows():
+        for before in box["after"].split():
+            start, end = (boxes.loc[before, "x"], boxes.loc[before, "y"]), (box["x"], box["y"])
+            bend = "arc3" if start[1] == end[1] else "angle,angleA=0,angleB=90,rad=5"
+            if start[1] < end[1]:
+                bend = "angle,angleA=90,angleB=0,rad=5"
+            ends = dict(
+                patchA=drawn[before].get_bbox_patch(), patchB=drawn[name].get_bbox_patch(), shrinkA=0, shrinkB=0
+            )
+            arrow = dict(arrowstyle="-|>", color="0.3", connectionstyle=bend, **ends)
+            axis.annotate("", end, start, arrowprops=arrow, zorder=4)
+    for values, shade in shades.items():
+        axis.plot([], [], "s", ms=9, color=shade, mec="0.3", label=words[values])
+    axis.legend(loc="lower center", ncols=3, fontsize=9)
+    axis.axis("off")
+    return figure
+
+
+def packed_filter(table: pd.DataFrame) -> Figure:
+    """Draw a filter twice: the signs of its first input channel, and every channel's signs as the bits of words.
+
+    Args:
+        table: columns tap (from 0, row by row of a square kernel), bit (0 to 63, the input channel), sign (+1 or -1;
+            NaN where the word has a bit to spare) and word (the tap's 64 bits, in hexadecimal).
+    """
+    signs = table.pivot(index="tap", columns="bit", values="sign").to_numpy()
+    taps, bits = signs.shape
+    side = round(taps**0.5)
+    colors = plt.get_cmap("cividis").with_extremes(bad="0.85")
+    figure, (square, words) = plt.subplots(1, 2, figsize=(8.2, 2.5), width_ratios=(1, 4))
+    square.imshow(signs[:, 0].reshape(side, side), vmin=-1, vmax=1, cmap=colors)
+    for tap, sign in enumerate(signs[:, 0]):
+        drawn: Any = dict(ha="center", va="center", color="k" if sign > 0 else "w", fontsize=11)
+        square.text(tap % side, tap // side, f"{sign:+.0f}", **drawn)
+    square.set(title="channel 0", xticks=[], yticks=[])
+    words.imshow(signs[:, ::-1], vmin=-1, vmax=1, cmap=colors, aspect="auto", interpolation="none")
+    words.hlines(np.arange(1, taps) - 0.5, -0.5, bits - 0.5, color="w", lw=1.5)
+    words.vlines(np.arange(4, bits, 4) - 0.5, -0.5, taps - 0.5, color="w", lw=1)
+    for tap, word in table.groupby("tap")["word"].first().items():
+        words.text(bits + 0.5, tap, word, va="center", family="monospace", fontsize=8)
+    shown = np.array([0, *range(7, bits, 8)])
+    words.set_xticks(bits - 1 - shown, shown)
+    words.set_yticks(range(taps), range(taps))
+    unused = "; grey: unused" if np.isnan(signs).any() else ""
+    words.set(title=f"light: +1, bit 1; dark: -1, bit 0{unused}", xlabel="bit of the word = input channel")
+    words.set_ylabel("tap")
+    for axis in (square, words):
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+    return figure
