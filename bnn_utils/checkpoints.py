@@ -141,7 +141,7 @@ def pretrained(name: str, folder: str | os.PathLike[str] | None = None) -> tuple
     """Load one of the networks that come with the course, after checking that its file is the one that was published.
 
     Args:
-        name: "vgg_cifar10", "resnet_cifar10" or another that checkpoints/README.md lists. It does not tell the width,
+        name: "vgg_cifar10", "resnet_published" or another that checkpoints/README.md lists. It does not tell the width,
             since a wider network may take the place of a narrow one: facts["config"]["width"] does.
         folder: holds name/network.safetensors and SHA256SUMS, a file as `sha256sum` writes it; by default the
             repository's checkpoints/.

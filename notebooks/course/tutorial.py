@@ -51,7 +51,7 @@ class Profile:
     pretrained: bool = False
 
 
-SHIPPED = {"vgg_cifar10_binary": "vgg_cifar10", "resnet_binary": "resnet_cifar10"}  # their names in checkpoints/
+SHIPPED = {"vgg_cifar10_binary": "vgg_cifar10", "resnet_binary": "resnet_published"}  # their names in checkpoints/
 QUICK = Profile(
     dataset="digits",
     vgg_width=0.125,
