@@ -19,9 +19,9 @@ import pandas as pd
 from bnn_utils import campaign, checkpoints, plotting
 from bnn_utils.faults import STORAGES
 from bnn_utils.packed import pack
+from bnn_utils.recipe import Recipe
 from bnn_utils.repair import stored_bits
 from bnn_utils.system import write_beside
-from bnn_utils.training import Recipe
 from bnn_utils.tutorial import SHIPPED
 from tools.notebooks import ROOT, refresh, write
 
@@ -137,7 +137,7 @@ there); with `OMP_NUM_THREADS={facts.get("threads", 1)}` on a CPU, since sums de
 
 def draw_curves(folder: Path) -> None:
     """Draw the history of a trained network into its folder."""
-    with plt.style.context(Path(campaign.__file__).with_name("tutorial.mplstyle")):
+    with plt.style.context(Path(plotting.__file__).with_name("tutorial.mplstyle")):
         figure = plotting.training_curves(pd.read_csv(folder / "history.csv"))
         save = partial(figure.savefig, format="png", bbox_inches="tight", metadata={"Software": None})
         write_beside(folder / "curves.png", save)

@@ -1,6 +1,6 @@
 """The file that a campaign writes as it runs: SQLite, a row a trial and repair, each with a checksum.
 
-This reads it, also while the campaign runs; a loss that is NaN is NULL in the file:
+This reads it, also while the campaign runs; a number that is NaN is NULL in the file:
 
     pd.read_sql("SELECT * FROM trials", sqlite3.connect("sweep.sqlite"))
 """
@@ -171,8 +171,7 @@ def _verified(path: Path, connection: sqlite3.Connection, fingerprint: Mapping[s
         raise ResultsError(f"{path}: is of another campaign: {'; '.join(differing)}")
     key = _key(fingerprint)
     for row, (*_, checksum) in zip(rows, lines, strict=True):
-        if row["loss"] is None:
-            row["loss"] = math.nan
+        row |= {name: math.nan for name in ("loss", "accuracy") if row[name] is None}  # SQLite has no NaN
         if _checksum(row, key) != checksum:
             raise _damaged(path, f"a row does not have its checksum: {row}")
     return rows
