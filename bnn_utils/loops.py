@@ -86,7 +86,12 @@ def _call(builder: Any, name: str, *arguments: Any) -> Any:
 
 @intrinsic
 def _fma(context: Any, a: Any, b: Any, c: Any) -> Any:
-    """Return a * b + c of float32 numbers, rounded once, as torch's BatchNorm computes it."""
+    """Return a * b + c of float32 numbers, rounded once, as torch's BatchNorm computes it.
+
+    Rounded twice, the last bit would differ now and then, and near 0 that bit decides a sign of the next layer.
+
+    Source: IEEE 754-2008, section 5.4.1, fusedMultiplyAdd.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return _call(builder, "llvm.fma.f32", *arguments)
@@ -106,7 +111,13 @@ def _popcount(context: Any, word: Any) -> Any:
 
 @intrinsic
 def _word(context: Any, flags: Any) -> Any:
-    """Return the uint64 word whose bit i is whether byte i of the 64 bytes at address `flags` is not 0."""
+    """Return the uint64 word whose bit i is whether byte i of the 64 bytes at address `flags` is not 0.
+
+    A vector of 64 one-bit integers is a 64-bit integer to LLVM, whose lowest bit is the first of them on little-endian
+    machines. Processors have an instruction for that, PMOVMSKB or a mask register, where a loop would take 64 shifts.
+
+    Source: LLVM Language Reference, bitcast and icmp.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         flags = ir.VectorType(ir.IntType(8), 64)
@@ -120,6 +131,8 @@ def _ternary(builder: Any, table: int, a: Any, b: Any, c: Any) -> Any:
     """Return AVX-512's three-input logic: bit 4 a + 2 b + c of `table`, for the bits of each place.
 
     LLVM makes it from two-input logic too, but not of an adder's carry in one operation.
+
+    Source: Intel 64 and IA-32 Architectures Software Developer's Manual, VPTERNLOGD/VPTERNLOGQ.
     """
     kind, number = a.type, ir.IntType(32)
     function_type = ir.FunctionType(kind, [kind] * 3 + [number])

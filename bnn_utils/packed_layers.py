@@ -107,6 +107,8 @@ class PackedLayer(nn.Module):
             sums = integers.float() if bias is None else integers.float() + bias.detach()
             return functional.batch_norm(sums[None], mean, variance, scale, shift, False, 0.0, eps)[0] >= 0
 
+        # An inverse in closed form would be mean - shift * sqrt(variance + eps) / scale, rounded: one integer off where
+        # torch rounds otherwise, and nothing at all for the scale 0, infinity or NaN of a damaged network.
         low, high = torch.full((self.channels,), -largest), torch.full((self.channels,), largest)
         at_high = positive(high)
         # `high` has the sign of the largest integer, what is below `low` has not.

@@ -100,7 +100,8 @@ def opened(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> Iter
     held = ResultsError(f"{path}: another process is writing this file; wait for it, or name another file")
     with only_one(path.with_name(f"{path.name}.lock"), held):
         if not path.exists():
-            # SQLite would take a journal that a deleted file has left behind for that of the new one.
+            # SQLite would take a journal that a deleted file has left behind for that of the new one, and roll back
+            # pages that the new one never had. See sqlite.org/howtocorrupt.html, of files and journals that part.
             path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
             write_beside(path, partial(_create, fingerprint=fingerprint))
         try:

@@ -77,7 +77,11 @@ def parcel(
 
 
 class _Kept(threading.local):
-    """The campaign that a worker has ready: its own in every thread, since trials damage the network in place."""
+    """The campaign that a worker has ready: its own in every thread, since trials damage the network in place.
+
+    Tasks are functions and know no worker, so what lasts from one to the next has to be global. The path in the parcel
+    tells campaigns apart: each has a folder of its own.
+    """
 
     parcel: Parcel | None = None
     trial: Trial
@@ -89,7 +93,13 @@ _kept = _Kept()
 
 @cache
 def _end_with_parent() -> None:
-    """Have a process of a pool end when the process that started it is killed; else it would wait for ever."""
+    """Have a process of a pool end when the process that started it is killed; else it would wait for ever.
+
+    A pool's processes read tasks from a pipe whose other end they hold open too, so no end of file ever tells them that
+    nobody is left to write. The main thread reads; hence a second one, which waits for the parent.
+
+    Source: Python's documentation, multiprocessing.parent_process.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None and threading.current_thread() is threading.main_thread():
 
