@@ -70,7 +70,9 @@ def read(loader: Iterable[Any]) -> Inputs:
         inputs, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"data must give batches of tensors (inputs, labels), all of one shape ({error})") from None
-    return Inputs(inputs, labels, type(getattr(loader, "dataset", loader)).__name__)
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise TypeError(f"labels must be whole numbers (batch,), got {labels.dtype} {tuple(labels.shape[1:])} each")
+    return Inputs(inputs, labels.long(), type(getattr(loader, "dataset", loader)).__name__)
 
 
 Data = Images | Inputs

@@ -71,7 +71,7 @@ def dots(
 
 
 def threshold_bits(
-    dots: NDArray[np.int32],
+    sums: NDArray[np.int32],
     threshold: NDArray[Any],
     direction: NDArray[np.uint64],
     *,
@@ -82,14 +82,14 @@ def threshold_bits(
     """Max-pool integers, and turn each into a bit: (largest >= threshold), inverted where the direction's bit is 1.
 
     Args:
-        dots: int32 (images, height, width, channels).
+        sums: int32 (images, height, width, channels).
         threshold: int16 or int32 (channels,).
         direction: uint64 words (words,), a bit a channel.
         pool: height and width of a pooling window, 1 for none.
         out: where to, uint64 words (images, height // pool, width // pool, words).
         threads: to use.
     """
-    _run(threshold_images, threads, len(dots), dots, threshold, direction, pool, out)
+    _run(threshold_images, threads, len(sums), sums, threshold, direction, pool, out)
 
 
 def affine(

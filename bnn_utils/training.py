@@ -441,8 +441,8 @@ def train_many(
         raise ValueError(f"columns of the history itself cannot tell jobs apart: {', '.join(taken)}")
     if data.train.labels.device.type != "cpu":
         workers = 1
-    parallel = joblib.Parallel(n_jobs=min(workers, len(jobs)), return_as="generator")
-    trained = parallel(joblib.delayed(_train_job)(job, data) for job in jobs)
+    pool = joblib.Parallel(n_jobs=min(workers, len(jobs)), return_as="generator")
+    trained = pool(joblib.delayed(_train_job)(job, data) for job in jobs)
     histories = []
     for model, history in progress_bar(trained, total=len(jobs), desc="trainings"):
         histories.append(history)

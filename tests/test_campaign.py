@@ -320,6 +320,7 @@ def test_a_function_sees_the_network_as_its_storage_holds_it(model, images):
         ([], ValueError, "at least one batch"),
         ([torch.zeros(2, 1, 8, 8)], TypeError, "inputs, labels"),
         ([(torch.zeros(2, 8), torch.zeros(2)), (torch.zeros(2, 9), torch.zeros(2))], TypeError, "one shape"),
+        ([(torch.zeros(2, 8), torch.zeros(2, 10))], TypeError, r"whole numbers .*float32 \(10,\) each"),
     ],
 )
 def test_data_that_cannot_be_used(model, data, kind, said):

@@ -190,10 +190,10 @@ def run(
     terms = Terms(storage, repairs, seed, targets, error if isinstance(error, ErrorModel) else ERRORS[error])
 
     with ExitStack() as stack:
-        kept = None
+        file = None
         if out is not None and out.suffix in ENDINGS:
-            kept = stack.enter_context(opened(out, fingerprint(model, measured, terms)))
-        sweep = Sweep(probabilities, trials, repairs, until, least, kept)
+            file = stack.enter_context(opened(out, fingerprint(model, measured, terms)))
+        sweep = Sweep(probabilities, trials, repairs, until, least, file)
         stack.enter_context(sweep.bar)
         try:
             if executor is None:
@@ -203,7 +203,7 @@ def run(
         except (BrokenExecutor, CancelledError) as error_of_workers:
             where = (
                 f"kept in {out}; go on with resume"
-                if kept
+                if file
                 else f"kept in {out}"
                 if out
                 else "lost, since out names no file"
@@ -214,6 +214,6 @@ def run(
         finally:
             sweep.write()
             table = sweep.table()
-            if out is not None and kept is None and len(table):
+            if out is not None and file is None and len(table):
                 write_beside(out, lambda path: table.to_csv(path, index=False))
     return table

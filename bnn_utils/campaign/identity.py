@@ -28,8 +28,9 @@ def _injection(error: ErrorModel) -> str:
 
 def _data(model: nn.Module, data: Data | Measure, terms: Terms) -> dict[str, str]:
     if isinstance(data, Measure):  # code has no digest that lasts; what it gives of the whole network stands for it
-        held = pack(model) if terms.storage == "packed" else model
-        return {"function's number, undamaged": str(data(held).accuracy)}
+        with float32_storage(model):
+            held = pack(model) if terms.storage == "packed" else model
+            return {"function's number, undamaged": str(data(held).accuracy)}
     if isinstance(data, Images):
         content = checksum(json.dumps([data.mean, data.std]), {"pixels": data.pixels, "labels": data.labels})
     else:

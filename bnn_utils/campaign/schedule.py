@@ -79,15 +79,15 @@ class Sweep:
         repairs: Sequence[str],
         until: float | None,
         least: int,
-        kept: Results | None,
+        file: Results | None,
     ):
-        self.trials, self.repairs, self.until, self.kept = trials, repairs, until, kept
+        self.trials, self.repairs, self.until, self.file = trials, repairs, until, file
         self.goals = {p: trials if until is None else min(least, trials) for p in sorted(set(probabilities))}
         self.done: dict[float, dict[int, list[Row]]] = {p: {} for p in self.goals}
         self._unwritten: list[Row] = []
         self._halves: dict[float, float] = {}
         self._told = -math.inf
-        for row in kept.rows if kept else ():
+        for row in file.rows if file else ():
             if row["probability"] in self.done:
                 self.done[row["probability"]].setdefault(row["trial"], []).append(row)
         self.bar = progress_bar(total=sum(self.goals.values()), initial=self._reached(), desc="trials", unit="trial")
@@ -128,8 +128,8 @@ class Sweep:
 
     def write(self) -> None:
         """Write what is not written yet, whole trials."""
-        if self.kept is not None and self._unwritten:
-            self.kept.append(self._unwritten)
+        if self.file is not None and self._unwritten:
+            self.file.append(self._unwritten)
         self._unwritten = []
 
     def tell(self, probability: float) -> None:
