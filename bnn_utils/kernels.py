@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bnn_utils.loops import (
@@ -44,7 +45,7 @@ def dots(
     stride: int,
     padding: int,
     out: NDArray[np.int32],
-    threads: int,
+    threads: int | None = None,
 ) -> None:
     """Convolve signs with signs: the sum over the taps inside the image and the inputs of activation times weight.
 
@@ -54,7 +55,7 @@ def dots(
         inputs: channels that the words hold; their unused bits are 0 in `x` and in `filters`.
         kernel, stride, padding: as in a convolution with a square kernel.
         out: where to, int32 (images, height', width', channels).
-        threads: to use.
+        threads: to use; None is torch's number.
     """
     images, height, width, words = x.shape
     down, row_kind = _geometry(height, kernel, stride, padding)
@@ -77,7 +78,7 @@ def threshold_bits(
     *,
     pool: int,
     out: NDArray[np.uint64],
-    threads: int,
+    threads: int | None = None,
 ) -> None:
     """Max-pool integers, and turn each into a bit: (largest >= threshold), inverted where the direction's bit is 1.
 
@@ -87,7 +88,7 @@ def threshold_bits(
         direction: uint64 words (words,), a bit a channel.
         pool: height and width of a pooling window, 1 for none.
         out: where to, uint64 words (images, height // pool, width // pool, words).
-        threads: to use.
+        threads: to use; None is torch's number.
     """
     _run(threshold_images, threads, len(sums), sums, threshold, direction, pool, out)
 
@@ -101,7 +102,7 @@ def affine(
     clamp: bool,
     values: NDArray[np.float32],
     out: NDArray[np.uint64],
-    threads: int,
+    threads: int | None = None,
 ) -> None:
     """Compute (x + shortcut) * scale + shift, clamped to [-1, 1] if asked for, and its signs as words.
 
@@ -112,19 +113,21 @@ def affine(
         clamp: whether to clamp.
         values: where the numbers go, float32 of the shape of `x`, or without images if only their signs are wanted.
         out: where their signs go, uint64 words (images, height, width, words).
-        threads: to use.
+        threads: to use; None is torch's number.
     """
     _run(affine_images, threads, len(x), x, shortcut, scale, shift, clamp, values, out)
 
 
-def shifted_bits(x: NDArray[np.float32], offset: NDArray[np.float32], *, out: NDArray[np.uint64], threads: int) -> None:
+def shifted_bits(
+    x: NDArray[np.float32], offset: NDArray[np.float32], *, out: NDArray[np.uint64], threads: int | None = None
+) -> None:
     """Turn each number into a bit: x + offset >= 0.
 
     Args:
         x: float32 (images, height, width, channels).
         offset: float32 (channels,).
         out: where to, uint64 words (images, height, width, words).
-        threads: to use.
+        threads: to use; None is torch's number.
     """
     _run(shifted_images, threads, len(x), x, offset, out)
 
@@ -137,7 +140,7 @@ def rectify(
     slope: NDArray[np.float32],
     *,
     out: NDArray[np.float32],
-    threads: int,
+    threads: int | None = None,
 ) -> None:
     """Compute y = x * scale + shift + shortcut, and from it y where it is positive, slope * y elsewhere.
 
@@ -146,7 +149,7 @@ def rectify(
         shortcut: float32 of that shape.
         scale, shift, slope: float32 (channels,).
         out: where to, float32 of that shape.
-        threads: to use.
+        threads: to use; None is torch's number.
     """
     _run(rectified_images, threads, len(x), x, shortcut, scale, shift, slope, out)
 
@@ -157,9 +160,9 @@ def _workers(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _run(loop: Any, threads: int, count: int, *arguments: Any) -> None:
+def _run(loop: Any, threads: int | None, count: int, *arguments: Any) -> None:
     """Call `loop(first, last, *arguments)` for shares of 0..count, one a thread: compiled, they hold no lock."""
-    threads = min(threads, count)
+    threads = min(torch.get_num_threads() if threads is None else threads, count)
     if threads <= 1:
         loop(0, count, *arguments)
     else:

@@ -231,6 +231,25 @@ def _of_channels(images: int) -> torch.memory_format:
     return torch.contiguous_format if images == 1 else torch.channels_last
 
 
+class _PackedLayers(PackedModel):
+    """A packed ResNet: a stage for the image layer, one for each block of layer1 to layer3, and one for the last."""
+
+    last: tuple[str, ...]
+    bn1: Affine
+    layer1: nn.ModuleList
+    layer2: nn.ModuleList
+    layer3: nn.ModuleList
+
+    def __init__(self, model: BinarizedResNet | BiRealResNet, engine: str):
+        layers = ("layer1", "layer2", "layer3")
+        blocks = [(f"{layer}.{index}",) for layer in layers for index in range(len(getattr(model, layer)))]
+        super().__init__(model, engine, [("conv1", "bn1"), *blocks, self.last])
+        self._pack(model, [0])
+        for layer in layers:  # after the image layer in memory, as in the float network
+            self.add_module(layer, nn.ModuleList())
+        self._pack(model, range(1, len(self.stages)))
+
+
 class PackedBlock(nn.Module):
     """`BasicBlock`, packed: the shortcut stays in floats, the convolution inside becomes bits by a threshold."""
 
@@ -262,29 +281,17 @@ class PackedBlock(nn.Module):
         return self.bn2(dots, shortcut, clamp=self.clamp)
 
 
-class PackedResNet(PackedModel):
+class PackedResNet(_PackedLayers):
     """`BinarizedResNet`, packed: floats along the shortcuts, bits inside the blocks.
 
     A stage is the image layer, a block (the last one with the mean over its map), or what follows.
     """
 
+    last = ("bn2", "fc", "bn3")
     conv1: PackedLayer
-    bn1: Affine
-    layer1: nn.ModuleList
-    layer2: nn.ModuleList
-    layer3: nn.ModuleList
     bn2: Affine
     fc: PackedLayer
     bn3: Affine
-
-    def __init__(self, model: BinarizedResNet, engine: str):
-        layers = ("layer1", "layer2", "layer3")
-        blocks = [(f"{layer}.{index}",) for layer in layers for index in range(len(getattr(model, layer)))]
-        super().__init__(model, engine, [("conv1", "bn1"), *blocks, ("bn2", "fc", "bn3")])
-        self._pack(model, [0])
-        for layer in layers:  # after the image layer in memory, as in the float network
-            self.add_module(layer, nn.ModuleList())
-        self._pack(model, range(1, len(self.stages)))
 
     def _packed(self, model: Any, stage: int) -> dict[str, nn.Module]:
         if stage == 0:
@@ -338,27 +345,15 @@ class PackedUnit(nn.Module):
         return self.bn.rectified(self.conv(self.signs(x)), self.shortcut(x), self.act.slope)
 
 
-class PackedBiReal(PackedModel):
+class PackedBiReal(_PackedLayers):
     """`BiRealResNet`, packed: bits in the convolutions, floats in the stream, the image layer and the last one.
 
     A stage is the image layer, a unit (the last one with the mean over its map), or the last layer.
     """
 
+    last = ("fc",)
     conv1: Numbers
-    bn1: Affine
-    layer1: nn.ModuleList
-    layer2: nn.ModuleList
-    layer3: nn.ModuleList
     fc: Numbers
-
-    def __init__(self, model: BiRealResNet, engine: str):
-        layers = ("layer1", "layer2", "layer3")
-        units = [(f"{layer}.{index}",) for layer in layers for index in range(len(getattr(model, layer)))]
-        super().__init__(model, engine, [("conv1", "bn1"), *units, ("fc",)])
-        self._pack(model, [0])
-        for layer in layers:  # after the image layer in memory, as in the float network
-            self.add_module(layer, nn.ModuleList())
-        self._pack(model, range(1, len(self.stages)))
 
     def _packed(self, model: Any, stage: int) -> dict[str, nn.Module]:
         if stage == 0:

@@ -152,7 +152,6 @@ class PackedLayer(nn.Module):
             stride=self.stride,
             padding=self.padding,
             out=out.numpy(),
-            threads=torch.get_num_threads(),
         )
         return out
 
@@ -165,14 +164,7 @@ class PackedLayer(nn.Module):
             return _pack((pooled >= self.threshold) != inverted)
         shape = (len(dots), dots.shape[1] // pool, dots.shape[2] // pool, _words(self.channels))
         out = torch.empty(shape, dtype=torch.int64)
-        kernels.threshold_bits(
-            dots.numpy(),
-            self.threshold.numpy(),
-            _array(self.direction),
-            pool=pool,
-            out=_array(out),
-            threads=torch.get_num_threads(),
-        )
+        kernels.threshold_bits(dots.numpy(), self.threshold.numpy(), _array(self.direction), pool=pool, out=_array(out))
         return out
 
 
@@ -223,13 +215,7 @@ class Affine(nn.Module):
             return torch.where(y > 0, y, y * slope)
         out = torch.empty(x.shape)
         kernels.rectify(
-            x.numpy(),
-            shortcut.numpy(),
-            self.scale.numpy(),
-            self.shift.numpy(),
-            slope.numpy(),
-            out=out.numpy(),
-            threads=torch.get_num_threads(),
+            x.numpy(), shortcut.numpy(), self.scale.numpy(), self.shift.numpy(), slope.numpy(), out=out.numpy()
         )
         return out
 
@@ -274,7 +260,6 @@ def _affine(
         clamp=clamp,
         values=values.numpy(),
         out=_array(out),
-        threads=torch.get_num_threads(),
     )
     return values, out
 
@@ -284,7 +269,7 @@ def shifted_signs(x: Tensor, offset: Tensor, engine: str) -> Tensor:
     if engine == "torch":
         return _pack(x + offset >= 0)
     out = torch.empty((*x.shape[:3], _words(x.shape[3])), dtype=torch.int64)
-    kernels.shifted_bits(x.numpy(), offset.numpy(), out=_array(out), threads=torch.get_num_threads())
+    kernels.shifted_bits(x.numpy(), offset.numpy(), out=_array(out))
     return out
 
 

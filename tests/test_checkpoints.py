@@ -25,7 +25,7 @@ from bnn_utils import campaign, checkpoints, data, training
 from bnn_utils.checkpoints import CheckpointError, load, pretrained, save, save_packed
 from bnn_utils.data import DataError, Images
 from bnn_utils.layers import binarized_weights
-from bnn_utils.models import build, resnet_binary, vgg_cifar10_binary
+from bnn_utils.models import resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import pack
 
 PATTERNS = (0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFC12345, 0x00000001, 0x807FFFFF)
@@ -411,16 +411,6 @@ def test_published_checkpoints_give_their_logits(tmp_path, source, prefix, zippe
     assert ("depth" if model.name == "resnet_binary" else "input_size") in facts["config"]
     assert len(facts.get("mean", [0] * channels)) == channels  # fits its images
     assert not loaded.training
-
-
-def test_published_sizes_are_recognized():
-    with torch.device("meta"):
-        for name, config in [("vgg_cifar10_binary", dict(input_size=32)), ("resnet_binary", dict(depth=18))]:
-            state = build(name).state_dict()
-            found = checkpoints._recognize(Path("x"), state)
-            assert found == dict(
-                network=name, config=dict(num_classes=10, width=1.0, in_channels=3) | config
-            )  # the sizes of the published networks
 
 
 def test_a_bare_state_dict_and_old_files_without_batch_counters(tmp_path):

@@ -16,7 +16,7 @@ from torch import nn
 
 from bnn_utils.bits import check_probability
 from bnn_utils.campaign.identity import fingerprint
-from bnn_utils.campaign.results import ENDINGS, ResultsError, opened
+from bnn_utils.campaign.results import COLUMNS, ENDINGS, ResultsError, opened
 from bnn_utils.campaign.schedule import Saving, Sweep, run_here, run_there, saved, total_after_look
 from bnn_utils.campaign.trial import Terms, prepared, trial_seed
 from bnn_utils.campaign.workers import WorkerError, parcel
@@ -30,6 +30,7 @@ from bnn_utils.statistics import aggregate, bounded_interval, intervals, mean_in
 from bnn_utils.system import write_beside
 
 __all__ = [
+    "COLUMNS",
     "ResultsError",
     "Saving",
     "WorkerError",
@@ -158,7 +159,7 @@ def run(
             bnn_utils-…, which a process that is killed leaves behind; None is the system's for temporary files.
 
     Returns:
-        Table with `results.COLUMNS`, sorted by probability, trial and the order of `repairs`; flips of the network
+        Table with the columns COLUMNS, sorted by probability, trial and the order of `repairs`; flips of the network
         alone, accuracy in 0..1, loss in nats (NaN or infinite where the damaged network puts out such logits).
 
     Raises:
