@@ -21,7 +21,7 @@ from bnn_utils.system import only_one, write_beside
 Row = dict[str, Any]
 
 ENDINGS = (".sqlite", ".db")
-COLUMNS = {
+_TYPES = {
     "network": "TEXT",
     "dataset": "TEXT",
     "storage": "TEXT",
@@ -33,7 +33,8 @@ COLUMNS = {
     "loss": "REAL",
     "accuracy": "REAL",
 }
-_TYPED = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+COLUMNS = list(_TYPES)
+_TYPED = ", ".join(f"{name} {kind}" for name, kind in _TYPES.items())
 _SCHEMA = [  # in the order of the names
     "CREATE TABLE campaign (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
     f"CREATE TABLE trials ({_TYPED}, checksum TEXT, PRIMARY KEY (probability, trial, repair)) WITHOUT ROWID",

@@ -149,7 +149,7 @@ class Sweep:
         order = {repair: index for index, repair in enumerate(self.repairs)}
         trials = (self.done[p][n] for p, goal in self.goals.items() for n in sorted(self.done[p]) if n < goal)
         rows = [row for trial in trials for row in sorted(trial, key=lambda row: order[row["repair"]])]
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def run_here(trial: Trial, sweep: Sweep) -> None:
