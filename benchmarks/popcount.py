@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from benchmarks import common
-from bnn_utils import kernels
+from bnn_utils import kernels, loops
 from bnn_utils.bits import WORD
 
 # The hidden convolutions of the full VGG, 3x3 with a padding of 1: inputs, channels, height and width.
@@ -65,7 +65,7 @@ def carry_save(builder: Any, registers: list[Any]) -> list[Any]:
     for level in range(3):
         carries = []
         for a, b in zip(bits[::2], bits[1::2], strict=True):
-            kept[level], high = kernels.add_bits(builder, kept[level], a, b, kernels.CARRY_SAVE.ternary)
+            kept[level], high = loops.add_bits(builder, kept[level], a, b, loops.CARRY_SAVE.ternary)
             carries.append(high)
             replaced += [kept[level], high]
         bits = carries
@@ -121,7 +121,7 @@ def limit_calls(threads: int, turns: int, pool: ThreadPoolExecutor) -> dict[str,
 LOOPS: dict[str, tuple[Turn, int, int, int, int]] = {
     "popcount": (count, 16, 1, 8, 1),
     "popcount and add": (count_and_add, 12, 1, 8, 1),
-    "carry-save": (carry_save, 2 if kernels.CARRY_SAVE.ternary else 1, 12, kernels.CARRY_SAVE.lanes, 8),
+    "carry-save": (carry_save, 2 if loops.CARRY_SAVE.ternary else 1, 12, loops.CARRY_SAVE.lanes, 8),
 }
 
 
@@ -131,9 +131,9 @@ def layer_call(inputs: int, channels: int, side: int, images: int, threads: int)
     Taps of the padding count as work, as is usual for convolutions.
     """
     generator = np.random.default_rng(0)
-    words, panels = inputs // WORD, channels // kernels.PANEL
+    words, panels = inputs // WORD, channels // loops.PANEL
     x = generator.integers(0, 1 << 64, (images, side, side, words), np.uint64)
-    filters = generator.integers(0, 1 << 64, (panels, KERNEL**2 * words, kernels.PANEL), np.uint64)
+    filters = generator.integers(0, 1 << 64, (panels, KERNEL**2 * words, loops.PANEL), np.uint64)
     out = np.empty((images, side, side, channels), np.int32)
 
     def call() -> None:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 
 from benchmarks import common
 from bnn_utils import faults
+from bnn_utils.evaluation import evaluate, predict
 from bnn_utils.packed import pack
 from bnn_utils.plotting import label
 from bnn_utils.repair import REPAIRS
-from bnn_utils.training import evaluate, predict
 
 NETWORK = "vgg_cifar10_binary"
 PROBABILITIES = (1e-2, 1e-4, 1e-6, 1e-8)

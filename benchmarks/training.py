@@ -26,7 +26,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
 from benchmarks import common
-from bnn_utils.__main__ import _device
+from bnn_utils import parallel
 from bnn_utils.data import Dataset
 from bnn_utils.layers import clamp_latent_weights
 from bnn_utils.models import MODELS, build
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = common.parse(parser, arguments)
     try:
-        device = _device(options.device)
+        device = parallel.device(options.device)
     except ValueError as error:
         parser.error(f"--device: {error}")
     width, steps = (0.25, 6) if device.type == "cpu" else (1.0, 50)

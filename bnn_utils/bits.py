@@ -115,6 +115,8 @@ def _distances(rate: float, longest: float, count: int, generator: np.random.Gen
     Where many bits flip, E is -log(U) of a uniform U, because the leading 16 bits of U, the lane, are then nearly
     always enough to know the distance: a table gives it. Only where they are not, the other bits are drawn and the
     logarithm taken.
+
+    Source: L. Devroye, Non-Uniform Random Variate Generation, 1986, chapter III.2.4 (inversion by guide tables).
     """
     if count < 512 or rate < 1e-3:  # a table would be looked up too seldom, or leave too much unsure
         return _distance(generator.standard_exponential(count), rate, longest)

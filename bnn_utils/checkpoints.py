@@ -19,13 +19,13 @@ from torch import Tensor, nn
 import bnn_utils
 from bnn_utils.bits import pack_signs, unpack_signs
 from bnn_utils.layers import binarized_weights
-from bnn_utils.models import build
+from bnn_utils.models import Network, build, config_of, name_of, trained_on
 from bnn_utils.system import write_beside
 
-FORMAT, UNCHECKED = "bnn_utils/2", "bnn_utils/1"  # files of the first format have no checksum
-# BinaryNet.pytorch normalizes CIFAR images with the ImageNet figures (its preprocess.py).
+FORMAT = "bnn_utils/2"
 PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints"  # of the repository
 SUMS, NETWORK_FILE = "SHA256SUMS", "network.safetensors"
+# BinaryNet.pytorch normalizes CIFAR images with the ImageNet figures (its preprocess.py).
 _PUBLISHED_NORMALIZATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 # What stands before the names of a state_dict that was saved from a wrapper of the network, or of a part of it.
@@ -72,13 +72,13 @@ def save_packed(path: str | os.PathLike[str], model: nn.Module, **facts: Any) ->
 
 
 def _save(path: str | os.PathLike[str], model: nn.Module, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    name, config = getattr(model, "name", None), getattr(model, "config", None)
-    if name is None or config is None or (config.get("binary", True) and not binarized_weights(model)):
+    config = config_of(model)
+    if config is None or (config.get("binary", True) and not binarized_weights(model)):
         raise TypeError(f"only networks of bnn_utils.models can be saved, got {type(model).__name__}")
     versions = {"bnn_utils": bnn_utils.__version__, "torch": torch.__version__}
-    known = getattr(model, "trained_on", {})
+    known = trained_on(model)
     facts = {key: known[key] for key in ("mean", "std", "classes") if key in known} | facts
-    described = json.dumps({"network": name, "config": config, **facts, "versions": versions})
+    described = json.dumps({"network": name_of(model), "config": config, **facts, "versions": versions})
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     header = {"format": FORMAT, "facts": described, "sha256": checksum(described, tensors)}
     try:
@@ -91,13 +91,13 @@ def checksum(facts: str, tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 of the facts and of every tensor's name, type, shape and bytes, in the order of the names."""
     digest = hashlib.sha256(facts.encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = tensors[name].cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+def load(path: str | os.PathLike[str]) -> tuple[Network, dict[str, Any]]:
     """Read a network and its facts; loading runs no code from the file.
 
     Reads what `save` and `save_packed` wrote; last.pt of `bnn_utils.training.train`, of which it takes the network of
@@ -133,11 +133,11 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file}: its tensors are not those of the network it names ({reason[:300]})") from None
-    model.trained_on = facts  # type: ignore[assignment]
+    model.trained_on = facts
     return model.eval(), facts
 
 
-def pretrained(name: str, folder: str | os.PathLike[str] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def pretrained(name: str, folder: str | os.PathLike[str] | None = None) -> tuple[Network, dict[str, Any]]:
     """Load one of the networks that come with the course, after checking that its file is the one that was published.
 
     Args:
@@ -175,9 +175,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        if header.get("format") not in (FORMAT, UNCHECKED):
+        if header.get("format") != FORMAT:
             raise CheckpointError(f"{file}: was not written by bnn_utils (format {header.get('format')!r})")
-        if header["format"] == FORMAT and header["sha256"] != checksum(header["facts"], state):
+        if header["sha256"] != checksum(header["facts"], state):
             raise CheckpointError(f"{file}: is damaged, its content does not have the checksum that its header names")
         return state, json.loads(header["facts"])
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:

@@ -124,7 +124,7 @@ class Images:
             return self
         if n < 1:
             raise ValueError(f"limit must be at least 1, got {n}")
-        return replace(self, pixels=self.pixels[:n], labels=self.labels[:n])
+        return replace(self, pixels=self.pixels[:n].clone(), labels=self.labels[:n].clone())  # not to keep the others
 
 
 @dataclass(frozen=True)

@@ -1,244 +1,30 @@
-"""The compiled loops of the packed network: XNOR and popcount, thresholds, scale and shift.
+"""Operations of the packed network on arrays, by the compiled loops, in several threads if asked for.
 
-Activations and weights are words of 64 bits along the input channels, 1 for +1 and 0 for -1. The product of two signs
-is +1 where their bits agree (XNOR), so over n inputs of which d differ, the sum of products is n - 2 d, and d is the
-number of ones in the XOR of the words (popcount).
-
-Importing this module needs Numba; `bnn_utils.packed` has another way where it is missing.
+Importing this module needs Numba; `bnn_utils.packed_layers` has another way where it is missing.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import ir
-from llvmlite.binding import get_process_triple
-from numba import prange, types
-from numba.core import cgutils
-from numba.core.codegen import get_host_cpu_features
-from numba.extending import intrinsic
+import torch
 from numpy.typing import NDArray
 
-from bnn_utils.compiling import njit
-
-BLOCK = 32  # positions that a thread takes at a time
-PANEL = 32  # filters that lie side by side in memory
-_pool = Lock()  # not every pool of threads that Numba may find can be called from two Python threads at once
-
-
-class Tile(NamedTuple):
-    """How bits are counted: what one tile computes, and how.
-
-    Attributes:
-        positions, filters: what it computes, divisors of BLOCK and PANEL.
-        lanes: words of 64 bits in a vector.
-        levels: of carry-save adders; a popcount for every 2**levels words.
-        ternary: whether adders are made of AVX-512's three-input logic, which takes 8 lanes.
-    """
-
-    positions: int
-    filters: int
-    lanes: int
-    levels: int
-    ternary: bool
-
-
-def target_has(feature: str) -> bool:
-    """Return whether the processor that Numba compiles for has a feature, by LLVM's name.
-
-    It is the host, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name another; where these say nothing of a feature, it
-    counts as missing, which is safe.
-    """
-    chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
-    return f"+{feature}" in (get_host_cpu_features() if chosen is None else chosen).split(",")
-
-
-# Where few instructions count a vector's ones. AVX-512 VPOPCNTDQ: XOR, popcount and sum, 3 operations a vector of 8
-# words; the 16 sums stay in registers. ARM: the same 3 a vector of 2 words with SVE, 5 with NEON (XOR, CNT, pairwise
-# sums). The adders below would take 8 * 1 + 7 * 3 + 5 = 34 operations for 8 vectors of NEON, which selects bits in one
-# operation: 15% fewer, not measured, so not done.
-POPCOUNT = Tile(positions=4, filters=32, lanes=8, levels=0, ternary=False)
-
-# Elsewhere LLVM counts ones by looking up nibbles: with XOR and sum 9 operations a vector. Carry-save adders (a
-# Harley-Seal counter) turn eight vectors into one to look up. There are 7 adders of three bits a place, each 2
-# operations of three-input logic, or 5 of two-input logic. Four of them take in the XOR of activations and weights:
-# they are 3 operations each, or 7. So eight vectors take 4 * 3 + 3 * 2 + 8 = 26 operations on AVX-512, and
-# 4 * 7 + 3 * 5 + 8 = 51 on AVX2, where to look each up takes 72. A sum holds four registers, hence fewer sums; of the
-# sizes that fit into 32 registers of 512 bits, or 16 of 256, these were the fastest.
-# Source: Muła, Kurz and Lemire, Faster Population Counts Using AVX2 Instructions, The Computer Journal 61 (2018),
-# arXiv:1611.07612.
-THREE_INPUT = Tile(positions=4, filters=8, lanes=8, levels=3, ternary=True)
-TWO_INPUT = Tile(positions=2, filters=4, lanes=4, levels=3, ternary=False)
-CARRY_SAVE = THREE_INPUT if target_has("avx512f") else TWO_INPUT
-
-
-def best_tile() -> Tile:
-    """Return the faster tile on the processor that Numba compiles for; others than x86 can count a vector's ones."""
-    x86 = get_process_triple().startswith("x86_64")
-    return CARRY_SAVE if x86 and not target_has("avx512vpopcntdq") else POPCOUNT
-
+from bnn_utils.loops import (
+    BLOCK,
+    CARRY_SAVE,
+    affine_images,
+    best_tile,
+    dots_blocks,
+    largest_sums,
+    rectified_images,
+    shifted_images,
+    threshold_images,
+)
 
 TILE = best_tile()  # POPCOUNT or CARRY_SAVE: what `dots` computes with, the same sums with either
-XOR, MAJORITY, CARRY = 0b10010110, 0b11101000, 0b01110100  # three-input logic: of a, b, c; CARRY is b ? not c : a
-
-
-def _call(builder: Any, name: str, *arguments: Any) -> Any:
-    kind = arguments[0].type
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * len(arguments)), name)
-    return builder.call(function, arguments)
-
-
-@intrinsic
-def _fma(context: Any, a: Any, b: Any, c: Any) -> Any:
-    """Return a * b + c of float32 numbers, rounded once, as torch's BatchNorm computes it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _call(builder, "llvm.fma.f32", *arguments)
-
-    return types.float32(types.float32, types.float32, types.float32), generate
-
-
-@intrinsic
-def _popcount(context: Any, word: Any) -> Any:
-    """Return the number of ones in a uint64 word."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return types.uint64(types.uint64), generate
-
-
-@intrinsic
-def _word(context: Any, flags: Any) -> Any:
-    """Return the uint64 word whose bit i is whether byte i of the 64 bytes at address `flags` is not 0."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        flags = ir.VectorType(ir.IntType(8), 64)
-        loaded = builder.load(builder.inttoptr(arguments[0], flags.as_pointer()), align=1)
-        return builder.bitcast(builder.icmp_unsigned("!=", loaded, ir.Constant(flags, [0] * 64)), ir.IntType(64))
-
-    return types.uint64(types.intp), generate
-
-
-def _ternary(builder: Any, table: int, a: Any, b: Any, c: Any) -> Any:
-    """Return AVX-512's three-input logic: bit 4 a + 2 b + c of `table`, for the bits of each place.
-
-    LLVM makes it from two-input logic too, but not of an adder's carry in one operation.
-    """
-    kind, number = a.type, ir.IntType(32)
-    function_type = ir.FunctionType(kind, [kind] * 3 + [number])
-    name = "llvm.x86.avx512.pternlog.q.512"
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [a, b, c, number(table)])
-
-
-def add_bits(builder: Any, kept: Any, a: Any, b: Any, ternary: bool) -> tuple[Any, Any]:
-    """Add three bits at every place; return the low bits of the sums, and the high bits, of twice the weight."""
-    if ternary:
-        return _ternary(builder, XOR, kept, a, b), _ternary(builder, MAJORITY, kept, a, b)
-    either = builder.xor(kept, a)
-    return builder.xor(either, b), builder.or_(builder.and_(kept, a), builder.and_(either, b))
-
-
-def _add_products(builder: Any, kept: Any, a: tuple[Any, Any], b: tuple[Any, Any], ternary: bool) -> tuple[Any, Any]:
-    """Add the bits `kept`, a[0] ^ a[1] and b[0] ^ b[1] likewise."""
-    if not ternary:
-        return add_bits(builder, kept, builder.xor(*a), builder.xor(*b), ternary)
-    first = _ternary(builder, XOR, kept, *a)
-    low = _ternary(builder, XOR, first, *b)
-    return low, _ternary(builder, CARRY, kept, first, low)
-
-
-def counter(tile: Tile) -> Any:
-    """Return the loop of a tile, for compiled functions: count differing bits of patches of activations with filters.
-
-    A patch is `rows` words, at the same offsets from where it starts:
-    counts[p, f] = sum over k of popcount(patch[p][offsets[k]] ^ filters[k, f]).
-
-    Arguments of the loop are the addresses of intp addresses of patches (positions,), of intp offsets in bytes (rows,),
-    the positive number of rows, and the addresses of uint64 filters (rows, PANEL) and of int32 counts
-    (positions, stride). Written in LLVM's own terms, since no loop in Python makes the compiler keep all sums in
-    registers; LLVM turns ctpop into what the processor has.
-    """
-
-    @intrinsic
-    def count(context: Any, starts: Any, offsets: Any, rows: Any, filters: Any, counts: Any, stride: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            starts, offsets, rows, filters, counts, stride = arguments
-            word, lane = ir.IntType(64), ir.IntType(32)
-            vector, short = ir.VectorType(word, tile.lanes), ir.VectorType(lane, tile.lanes)
-            zeros, undefined = ir.Constant(vector, [0] * tile.lanes), ir.Constant(vector, ir.Undefined)
-            one, first_lane = ir.Constant(vector, [1] * tile.lanes), ir.Constant(short, [0] * tile.lanes)
-            positions, vectors = range(tile.positions), range(tile.filters // tile.lanes)
-            sums = range(len(positions) * len(vectors))
-
-            def address(start: Any, *steps: tuple[Any, int]) -> Any:
-                for number, size in steps:
-                    start = builder.add(start, builder.mul(number, word(size)))
-                return start
-
-            def load(kind: Any, start: Any) -> Any:
-                return builder.load(builder.inttoptr(start, kind.as_pointer()), align=8)
-
-            def variables() -> list[Any]:  # which LLVM puts into registers
-                return [cgutils.alloca_once_value(builder, zeros) for _ in sums]
-
-            def pairs(k: Any) -> list[tuple[Any, Any]]:
-                """Load word k: for each sum its activation, in all lanes, and its filters' weights."""
-                weights = [load(vector, address(filters, (k, 8 * PANEL), (word(v), 8 * tile.lanes))) for v in vectors]
-                offset = load(word, address(offsets, (k, 8)))
-                single = [load(word, builder.add(patch, offset)) for patch in patches]
-                vectors_of_one = [builder.insert_element(undefined, x, lane(0)) for x in single]
-                spread = [builder.shuffle_vector(x, undefined, first_lane) for x in vectors_of_one]
-                return [(x, w) for x in spread for w in weights]
-
-            def carries(level: int, k: Any) -> list[Any]:
-                """Add 2**level words from word k on to what is kept; return the bits of that weight that come out."""
-                if level == 0:
-                    return [builder.xor(*pair) for pair in pairs(k)]
-                halves = (k, builder.add(k, word(1 << level - 1)))
-                add = _add_products if level == 1 else add_bits
-                inputs = [pairs(start) if level == 1 else carries(level - 1, start) for start in halves]
-                out = []
-                for variable, a, b in zip(kept[level - 1], *inputs):
-                    low, high = add(builder, builder.load(variable), a, b, tile.ternary)
-                    builder.store(low, variable)
-                    out.append(high)
-                return out
-
-            def add_popcounts(bits: list[Any], times: Any) -> None:
-                for total, b in zip(totals, bits):
-                    ones = _call(builder, f"llvm.ctpop.v{tile.lanes}i64", b)
-                    builder.store(builder.add(builder.shl(builder.load(total), times), ones), total)
-
-            patches = [load(word, address(starts, (word(p), 8))) for p in positions]
-            totals, kept = variables(), [variables() for _ in range(tile.levels)]
-            # Words that make no full group come first: what is kept of each weight is still zero, and becomes theirs.
-            for level in range(tile.levels):
-                with builder.if_then(builder.trunc(builder.lshr(rows, word(level)), ir.IntType(1))):
-                    for variable, bits in zip(kept[level], carries(level, builder.and_(rows, word((1 << level) - 1)))):
-                        builder.store(bits, variable)
-            begin = builder.and_(rows, word((1 << tile.levels) - 1))
-            with cgutils.for_range(builder, builder.lshr(rows, word(tile.levels)), intp=word) as loop:
-                k = builder.add(begin, builder.shl(loop.index, word(tile.levels)))
-                add_popcounts(carries(tile.levels, k), zeros)
-            for level in reversed(range(tile.levels)):
-                add_popcounts([builder.load(variable) for variable in kept[level]], one)
-
-            for index, total in enumerate(totals):
-                p, v = divmod(index, len(vectors))
-                place = address(counts, (builder.mul(stride, word(p)), 4), (word(v), 4 * tile.lanes))
-                narrow = builder.trunc(builder.load(total), short)
-                builder.store(narrow, builder.inttoptr(place, short.as_pointer()), align=4)
-            return context.get_dummy_value()
-
-        return types.void(*[types.intp] * 6), generate
-
-    return count
-
-
-_count_by_popcount, _count_by_carry_save = counter(POPCOUNT), counter(CARRY_SAVE)
 
 
 @lru_cache(maxsize=256)
@@ -250,206 +36,6 @@ def _geometry(size: int, kernel: int, stride: int, padding: int) -> tuple[NDArra
     return kinds, kind_of.reshape(-1)
 
 
-@njit(nogil=True, cache=True)
-def _largest_sums(filters, words, down, across, inputs):
-    """Return what each filter gives where no bit differs, int32 (kinds down * kinds across, filters).
-
-    A tap outside the image reads words of zeros. The kernel counts them as differing from the filter's ones, which
-    this makes good, so that the tap adds nothing.
-    """
-    panels, rows = filters.shape[:2]
-    kernel = down.shape[1]
-    sums = np.zeros((len(down) * len(across), panels * PANEL), np.int32)
-    ones = np.empty((rows // words, panels * PANEL), np.int32)
-    outside = down.size + across.size > down.sum() + across.sum()
-    if outside:
-        ones[:] = 0
-        for panel in range(panels):
-            for k in range(rows):
-                for c in range(PANEL):
-                    ones[k // words, panel * PANEL + c] += np.int32(_popcount(filters[panel, k, c]))
-    for kind in range(len(sums)):
-        for tap in range(kernel * kernel):
-            if down[kind // len(across), tap // kernel] and across[kind % len(across), tap % kernel]:
-                sums[kind] += inputs
-            else:
-                sums[kind] += 2 * ones[tap]
-    return sums
-
-
-@njit(nogil=True, cache=True)
-def _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
-    """Compute one block of BLOCK neighbouring positions of `dots`, from padded activations `x`."""
-    height, width, words = x.shape[1:]
-    out_height, out_width, channels = out.shape[1:]
-    padded = len(filters) * PANEL
-    first = block * BLOCK
-    positions = min(BLOCK, out.shape[0] * out_height * out_width - first)
-    starts = np.full(BLOCK, x.ctypes.data, np.intp)  # what fills up the last tile reads the first patch
-    counts = np.empty((BLOCK, padded), np.int32)
-    kinds = np.empty(BLOCK, np.intp)
-    image, place = divmod(first, out_height * out_width)
-    row, column = divmod(place, out_width)
-    for j in range(positions):
-        starts[j] += 8 * words * ((image * height + row * stride) * width + column * stride)
-        kinds[j] = row_kind[row] + column_kind[column]
-        column += 1
-        if column == out_width:
-            row, column = row + 1, 0
-            if row == out_height:
-                image, row = image + 1, 0
-    rows, line = filters.shape[1], kernel * words
-    offsets = np.empty(rows, np.intp)  # of the words of a patch, which is a line of neighbouring words a kernel's row
-    for row in range(kernel):
-        for k in range(line):
-            offsets[row * line + k] = 8 * (row * width * words + k)
-    for panel in range(len(filters)):
-        weights, sums = filters.ctypes.data + 8 * panel * rows * PANEL, counts.ctypes.data + 4 * panel * PANEL
-        if carry_save:
-            for j in range(0, positions, CARRY_SAVE.positions):
-                place = starts.ctypes.data + 8 * j
-                for c in range(0, PANEL, CARRY_SAVE.filters):
-                    goal = sums + 4 * (j * padded + c)
-                    _count_by_carry_save(place, offsets.ctypes.data, rows, weights + 8 * c, goal, padded)
-        else:
-            for j in range(0, positions, POPCOUNT.positions):
-                goal = sums + 4 * j * padded
-                _count_by_popcount(starts.ctypes.data + 8 * j, offsets.ctypes.data, rows, weights, goal, padded)
-    results = out.reshape(-1, channels)
-    for j in range(positions):
-        result, most = results[first + j], largest[kinds[j]]
-        for c in range(channels):
-            result[c] = most[c] - 2 * counts[j, c]
-
-
-@njit(nogil=True, cache=True)
-def _threshold_image(image, dots, threshold, direction, pool, out):
-    """Compute one image of `threshold_bits`."""
-    channels, words = dots.shape[3], out.shape[3]
-    largest, limits = np.empty(channels, np.int32), threshold.astype(np.int32)
-    reached = np.zeros(64 * words, np.bool_)
-    for row in range(out.shape[1]):
-        for column in range(out.shape[2]):
-            largest[:] = dots[image, row * pool, column * pool]
-            for member in range(1, pool * pool):
-                other = dots[image, row * pool + member // pool, column * pool + member % pool]
-                for c in range(channels):
-                    largest[c] = max(largest[c], other[c])
-            for c in range(channels):
-                reached[c] = largest[c] >= limits[c]
-            for k in range(words):
-                out[image, row, column, k] = _word(reached.ctypes.data + 64 * k) ^ direction[k]
-
-
-@njit(nogil=True, cache=True)
-def _affine_image(image, x, shortcut, scale, shift, clamp, values, out):
-    """Compute one image of `affine`."""
-    channels, words = x.shape[3], out.shape[3]
-    kept = values.shape[0] > 0
-    added = shortcut.shape[0] > 0
-    result, positive = np.empty(channels, np.float32), np.zeros(64 * words, np.bool_)
-    for row in range(x.shape[1]):
-        for column in range(x.shape[2]):
-            for c in range(channels):
-                value = np.float32(x[image, row, column, c])
-                if added:
-                    value += shortcut[image, row, column, c]
-                result[c] = _fma(value, scale[c], shift[c])
-                positive[c] = result[c] >= 0
-            for k in range(words):
-                out[image, row, column, k] = _word(positive.ctypes.data + 64 * k)
-            if kept:
-                for c in range(channels):
-                    value = result[c]
-                    if clamp:  # written so that NaN stays NaN
-                        value = np.float32(-1) if value < -1 else value
-                        value = np.float32(1) if value > 1 else value
-                    values[image, row, column, c] = value
-
-
-@njit(nogil=True, cache=True)
-def _shifted_image(image, x, offset, out):
-    """Compute one image of `shifted_bits`."""
-    channels, words = x.shape[3], out.shape[3]
-    positive = np.zeros(64 * words, np.bool_)
-    for row in range(x.shape[1]):
-        for column in range(x.shape[2]):
-            for c in range(channels):
-                positive[c] = x[image, row, column, c] + offset[c] >= 0
-            for k in range(words):
-                out[image, row, column, k] = _word(positive.ctypes.data + 64 * k)
-
-
-@njit(nogil=True, cache=True)
-def _rectified_image(image, x, shortcut, scale, shift, slope, out):
-    """Compute one image of `rectify`."""
-    for row in range(x.shape[1]):
-        for column in range(x.shape[2]):
-            for c in range(x.shape[3]):
-                y = _fma(np.float32(x[image, row, column, c]), scale[c], shift[c]) + shortcut[image, row, column, c]
-                out[image, row, column, c] = y if y > 0 else y * slope[c]
-
-
-@njit(nogil=True, cache=True)
-def _dots_serial(blocks, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
-    for block in range(blocks):
-        _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out)
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def _dots_parallel(blocks, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
-    for block in prange(blocks):
-        _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out)
-
-
-@njit(nogil=True, cache=True)
-def _threshold_serial(images, dots, threshold, direction, pool, out):
-    for image in range(images):
-        _threshold_image(image, dots, threshold, direction, pool, out)
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def _threshold_parallel(images, dots, threshold, direction, pool, out):
-    for image in prange(images):
-        _threshold_image(image, dots, threshold, direction, pool, out)
-
-
-@njit(nogil=True, cache=True)
-def _affine_serial(images, x, shortcut, scale, shift, clamp, values, out):
-    for image in range(images):
-        _affine_image(image, x, shortcut, scale, shift, clamp, values, out)
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def _affine_parallel(images, x, shortcut, scale, shift, clamp, values, out):
-    for image in prange(images):
-        _affine_image(image, x, shortcut, scale, shift, clamp, values, out)
-
-
-@njit(nogil=True, cache=True)
-def _shifted_serial(images, x, offset, out):
-    for image in range(images):
-        _shifted_image(image, x, offset, out)
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def _shifted_parallel(images, x, offset, out):
-    for image in prange(images):
-        _shifted_image(image, x, offset, out)
-
-
-@njit(nogil=True, cache=True)
-def _rectified_serial(images, x, shortcut, scale, shift, slope, out):
-    for image in range(images):
-        _rectified_image(image, x, shortcut, scale, shift, slope, out)
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def _rectified_parallel(images, x, shortcut, scale, shift, slope, out):
-    for image in prange(images):
-        _rectified_image(image, x, shortcut, scale, shift, slope, out)
-
-
 def dots(
     x: NDArray[np.uint64],
     filters: NDArray[np.uint64],
@@ -459,7 +45,7 @@ def dots(
     stride: int,
     padding: int,
     out: NDArray[np.int32],
-    threads: int,
+    threads: int | None = None,
 ) -> None:
     """Convolve signs with signs: the sum over the taps inside the image and the inputs of activation times weight.
 
@@ -469,12 +55,12 @@ def dots(
         inputs: channels that the words hold; their unused bits are 0 in `x` and in `filters`.
         kernel, stride, padding: as in a convolution with a square kernel.
         out: where to, int32 (images, height', width', channels).
-        threads: to use.
+        threads: to use; None is torch's number.
     """
     images, height, width, words = x.shape
     down, row_kind = _geometry(height, kernel, stride, padding)
     across, column_kind = _geometry(width, kernel, stride, padding)
-    largest = _largest_sums(filters, words, down, across, inputs)
+    largest = largest_sums(filters, words, down, across, inputs)
     if padding:
         padded = np.zeros((images, height + 2 * padding, width + 2 * padding, words), np.uint64)
         padded[:, padding:-padding, padding:-padding] = x
@@ -482,29 +68,29 @@ def dots(
     x = np.ascontiguousarray(x)
     blocks = -(-out.shape[0] * out.shape[1] * out.shape[2] // BLOCK)
     arguments = (TILE is CARRY_SAVE, x, filters, largest, row_kind * len(across), column_kind, kernel, stride, out)
-    _run(_dots_serial, _dots_parallel, threads, blocks, *arguments)
+    _run(dots_blocks, threads, blocks, *arguments)
 
 
 def threshold_bits(
-    dots: NDArray[np.int32],
+    sums: NDArray[np.int32],
     threshold: NDArray[Any],
     direction: NDArray[np.uint64],
     *,
     pool: int,
     out: NDArray[np.uint64],
-    threads: int,
+    threads: int | None = None,
 ) -> None:
     """Max-pool integers, and turn each into a bit: (largest >= threshold), inverted where the direction's bit is 1.
 
     Args:
-        dots: int32 (images, height, width, channels).
+        sums: int32 (images, height, width, channels).
         threshold: int16 or int32 (channels,).
         direction: uint64 words (words,), a bit a channel.
         pool: height and width of a pooling window, 1 for none.
         out: where to, uint64 words (images, height // pool, width // pool, words).
-        threads: to use.
+        threads: to use; None is torch's number.
     """
-    _run(_threshold_serial, _threshold_parallel, threads, len(dots), dots, threshold, direction, pool, out)
+    _run(threshold_images, threads, len(sums), sums, threshold, direction, pool, out)
 
 
 def affine(
@@ -516,7 +102,7 @@ def affine(
     clamp: bool,
     values: NDArray[np.float32],
     out: NDArray[np.uint64],
-    threads: int,
+    threads: int | None = None,
 ) -> None:
     """Compute (x + shortcut) * scale + shift, clamped to [-1, 1] if asked for, and its signs as words.
 
@@ -527,21 +113,23 @@ def affine(
         clamp: whether to clamp.
         values: where the numbers go, float32 of the shape of `x`, or without images if only their signs are wanted.
         out: where their signs go, uint64 words (images, height, width, words).
-        threads: to use.
+        threads: to use; None is torch's number.
     """
-    _run(_affine_serial, _affine_parallel, threads, len(x), x, shortcut, scale, shift, clamp, values, out)
+    _run(affine_images, threads, len(x), x, shortcut, scale, shift, clamp, values, out)
 
 
-def shifted_bits(x: NDArray[np.float32], offset: NDArray[np.float32], *, out: NDArray[np.uint64], threads: int) -> None:
+def shifted_bits(
+    x: NDArray[np.float32], offset: NDArray[np.float32], *, out: NDArray[np.uint64], threads: int | None = None
+) -> None:
     """Turn each number into a bit: x + offset >= 0.
 
     Args:
         x: float32 (images, height, width, channels).
         offset: float32 (channels,).
         out: where to, uint64 words (images, height, width, words).
-        threads: to use.
+        threads: to use; None is torch's number.
     """
-    _run(_shifted_serial, _shifted_parallel, threads, len(x), x, offset, out)
+    _run(shifted_images, threads, len(x), x, offset, out)
 
 
 def rectify(
@@ -552,7 +140,7 @@ def rectify(
     slope: NDArray[np.float32],
     *,
     out: NDArray[np.float32],
-    threads: int,
+    threads: int | None = None,
 ) -> None:
     """Compute y = x * scale + shift + shortcut, and from it y where it is positive, slope * y elsewhere.
 
@@ -561,16 +149,22 @@ def rectify(
         shortcut: float32 of that shape.
         scale, shift, slope: float32 (channels,).
         out: where to, float32 of that shape.
-        threads: to use.
+        threads: to use; None is torch's number.
     """
-    _run(_rectified_serial, _rectified_parallel, threads, len(x), x, shortcut, scale, shift, slope, out)
+    _run(rectified_images, threads, len(x), x, shortcut, scale, shift, slope, out)
 
 
-def _run(serial: Any, parallel: Any, threads: int, *arguments: Any) -> None:
-    # One thread needs no thread pool, whose presence would forbid this process to fork later.
-    if threads == 1:
-        serial(*arguments)
+@lru_cache(maxsize=4)
+def _workers(threads: int, process: int) -> ThreadPoolExecutor:
+    """Return threads to compute with, for the process of this number: of its parent's, a forked one has none."""
+    return ThreadPoolExecutor(threads)
+
+
+def _run(loop: Any, threads: int | None, count: int, *arguments: Any) -> None:
+    """Call `loop(first, last, *arguments)` for shares of 0..count, one a thread: compiled, they hold no lock."""
+    threads = min(torch.get_num_threads() if threads is None else threads, count)
+    if threads <= 1:
+        loop(0, count, *arguments)
     else:
-        with _pool:
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-            parallel(*arguments)
+        cuts = [count * share // threads for share in range(threads + 1)]
+        list(_workers(threads, os.getpid()).map(lambda first, last: loop(first, last, *arguments), cuts, cuts[1:]))

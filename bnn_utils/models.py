@@ -1,6 +1,6 @@
 """The two published networks and a modern ResNet, at any width, binarized or not; what their layers cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -9,6 +9,38 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, Conv2d, PReLU, Shift
+
+
+class Network(nn.Module):
+    """A network that tells what it is, as all of this module and their packed forms do.
+
+    Attributes:
+        name: in MODELS.
+        config: the arguments that build it again.
+        trained_on: what is known of the images that it was trained on, see `bnn_utils.checkpoints.load`.
+    """
+
+    name: str
+    config: dict[str, Any]
+    trained_on: Mapping[str, Any] = {}
+
+
+# A network that torch.compile has wrapped is no Network, but gives the attributes of the one inside.
+
+
+def name_of(model: nn.Module) -> str:
+    """Return the name that tables give to a network: its own, or that of its class."""
+    return getattr(model, "name", type(model).__name__)
+
+
+def config_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return the arguments that build a network of this module again; None for others."""
+    return getattr(model, "config", None)
+
+
+def trained_on(model: nn.Module) -> Mapping[str, Any]:
+    """Return what a network that `bnn_utils.checkpoints.load` returned knows of its images; nothing of another one."""
+    return getattr(model, "trained_on", {})
 
 
 def _channels(published: int, width: float) -> int:
@@ -43,7 +75,7 @@ def _check_sizes(num_classes: int, width: float, in_channels: int, input_size: i
         raise ValueError(f"input_size must be a positive multiple of {divisor}, got {input_size}")
 
 
-class BinarizedVGG(nn.Module):
+class BinarizedVGG(Network):
     """Six binarized 3x3 convolutions and three binarized linear layers; see `vgg_cifar10_binary`."""
 
     name = "vgg_cifar10_binary"
@@ -51,7 +83,7 @@ class BinarizedVGG(nn.Module):
     def __init__(self, num_classes: int, width: float, in_channels: int, input_size: int, binary: bool = True):
         super().__init__()
         _check_sizes(num_classes, width, in_channels, input_size, divisor=8)
-        self.config: dict[str, Any] = dict(
+        self.config = dict(
             num_classes=num_classes, width=width, in_channels=in_channels, input_size=input_size, **_kind(binary)
         )
         channels = [_channels(c, width) for c in (384, 384, 768, 768, 1536, 512)]
@@ -150,7 +182,7 @@ class BasicBlock(nn.Module):
         return out if self.tanh2 is None else self.tanh2(out)
 
 
-class BinarizedResNet(nn.Module):
+class BinarizedResNet(Network):
     """A binarized ResNet of basic blocks for small images; see `resnet_binary`."""
 
     name = "resnet_binary"
@@ -174,7 +206,7 @@ class BinarizedResNet(nn.Module):
             raise ValueError(f"shortcut must be True or False, got {shortcut!r}")
         if depth < 8:
             raise ValueError(f"depth must be at least 8, got {depth}")
-        self.config: dict[str, Any] = dict(
+        self.config = dict(
             num_classes=num_classes,
             depth=depth,
             width=width,
@@ -284,7 +316,7 @@ class BiRealUnit(nn.Module):
         return self.act(self.bn(self.conv(self.shift(x))) + self.shortcut(x))
 
 
-class BiRealResNet(nn.Module):
+class BiRealResNet(Network):
     """A binarized ResNet whose stream stays real-valued; see `resnet_bireal`."""
 
     name = "resnet_bireal"
@@ -299,7 +331,7 @@ class BiRealResNet(nn.Module):
         _check_sizes(num_classes, width, in_channels, input_size, divisor=4)
         if depth < 8:
             raise ValueError(f"depth must be at least 8, got {depth}")
-        self.config: dict[str, Any] = dict(
+        self.config = dict(
             num_classes=num_classes,
             depth=depth,
             width=width,
@@ -361,14 +393,14 @@ def resnet_bireal(
     return BiRealResNet(num_classes, depth, width, in_channels, input_size, binary)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+MODELS: dict[str, Callable[..., Network]] = {
     "vgg_cifar10_binary": vgg_cifar10_binary,
     "resnet_binary": resnet_binary,
     "resnet_bireal": resnet_bireal,
 }
 
 
-def build(name: str, **config: Any) -> nn.Module:
+def build(name: str, **config: Any) -> Network:
     """Return the network called `name` in MODELS, built with `config`.
 
     Raises:
@@ -379,7 +411,7 @@ def build(name: str, **config: Any) -> nn.Module:
     return MODELS[name](**config)
 
 
-def summary(model: nn.Module) -> pd.DataFrame:
+def summary(model: Network) -> pd.DataFrame:
     """Return what each layer of a network holds and does, one row a layer, in the order of the forward pass.
 
     Columns: layer, type, output (channels x height x width), binary_weights, floats (biases, BatchNorm scale and
@@ -424,7 +456,7 @@ def summary(model: nn.Module) -> pd.DataFrame:
         for name, module in leaves
         if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
     ]
-    config: dict[str, Any] = model.config  # type: ignore[assignment]
+    config = model.config
     first = next(model.parameters())
     image = torch.zeros(1, config["in_channels"], config["input_size"], config["input_size"], device=first.device)
     training = model.training

@@ -5,6 +5,8 @@ Everything here does nothing where torchrun has not started the process, so that
 
 import os
 import signal
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 T = TypeVar("T")
+WAIT_SECONDS = 30  # as long as processes that start together may be apart
 
 
 class ProcessError(RuntimeError):
@@ -30,6 +33,47 @@ def launched() -> bool:
 def first() -> bool:
     """Return whether this process is the one that writes and prints, before a group is there too."""
     return not launched() or os.environ["RANK"] == "0"
+
+
+def tell(message: str) -> None:
+    """Print what is wrong, once where torchrun has started several processes, in which the same is wrong.
+
+    torchrun ends the others as soon as it sees one end, so they wait until the first has told. Where they wait in
+    vain, nothing is wrong there, and they tell themselves.
+    """
+    if not first():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+        time.sleep(WAIT_SECONDS)
+    print(message, file=sys.stderr, flush=True)
+
+
+def say(message: str) -> None:
+    """Print what is good to know, once."""
+    if first():
+        print(message, flush=True)
+
+
+def device(name: str) -> torch.device:
+    """Return where this process computes.
+
+    Args:
+        name: auto (a GPU if there is one), cpu, cuda or cuda:N; of several processes, each takes a GPU of its own.
+
+    Raises:
+        ValueError: another name, or a device that cannot be used here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}, expected auto, cpu, cuda or cuda:N")
+    try:
+        found = torch.device(name)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return found
 
 
 def processes() -> int:

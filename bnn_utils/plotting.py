@@ -18,7 +18,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from bnn_utils.campaign import mean_interval, median_interval
+from bnn_utils.statistics import mean_interval, median_interval
 from bnn_utils.system import write_beside
 
 STYLE = Path(__file__).with_name("plotting.mplstyle")  # for matplotlib's style.use or style.context

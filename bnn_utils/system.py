@@ -1,4 +1,4 @@
-"""What the library asks of the system around it: files that are there whole, and a progress bar."""
+"""What the library asks of the system around it: files that are there whole, one thread, a progress bar."""
 
 import ctypes
 import os
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -42,6 +43,19 @@ def only_one(path: Path, held: Exception) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread, in this Python thread and in those that are started meanwhile."""
+    threads = torch.get_num_threads()
+    if threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,6 @@
-"""The published recipe, training for errors and from a teacher: watch the signs, keep the best epoch; evaluate."""
+"""The published recipe, training for errors and from a teacher: watch the signs, keep the best epoch."""
 
 import copy
-import hashlib
 import math
 import os
 import time
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import joblib
 import numpy as np
@@ -20,18 +19,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bnn_utils import parallel
-from bnn_utils.bits import sample_positions
-from bnn_utils.data import Dataset, Images, augment
+from bnn_utils.checkpoints import checksum
+from bnn_utils.data import Dataset, augment
+from bnn_utils.evaluation import Evaluation, evaluate
+from bnn_utils.evaluation import predict as predict
 from bnn_utils.layers import binarized_weights, clamp_latent_weights
-from bnn_utils.system import progress_bar, write_beside
+from bnn_utils.losses import distillation_loss, flipped_weights, margin_loss
+from bnn_utils.models import config_of, name_of, trained_on
+from bnn_utils.recipe import Recipe
+from bnn_utils.system import one_thread, progress_bar, write_beside
 
 FINAL_LR = 1e-5  # where the cosine schedule ends
-OPTIMIZERS = ("adam", "sgd")
-PRECISIONS = ("float32", "bfloat16")
-LOSSES = ("cross-entropy", "margin")
-STATISTICS = ("batch", "running")
-Network = Callable[[Tensor], Tensor]  # what computes a model: the model itself, or a faster form of it
+Forward = Callable[[Tensor], Tensor]  # what computes a model: the model itself, or a faster form of it
 STATE_FILE, HISTORY_FILE = "last.pt", "history.csv"
+_STATE = ("identity", "facts", "rows", "best", "damaging", "model", "optimizer")
 HISTORY = (
     "epoch",
     "lr",
@@ -42,166 +43,9 @@ HISTORY = (
     "sign_flips",
     "seconds",
 )
-
-
-class Evaluation(NamedTuple):
-    """Mean cross-entropy in nats, and the share of images whose highest logit is their class (0..1)."""
-
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained; the defaults are the published recipe.
-
-    Attributes:
-        epochs: passes over the training part.
-        batch_size: images a step, of all processes together; a last incomplete batch is left out.
-        lr: learning rate of the first step, which a cosine takes down to 1e-5 (or to lr, if that is less).
-        weight_decay: L2 penalty on every parameter, added to its gradient as torch's Adam and SGD do.
-        optimizer: "adam", or "sgd" with momentum 0.9.
-        precision: of the arithmetic in training, "float32" or "bfloat16" (weights stay float32).
-        seed: of the order of images, their crops and flips, and of the bit errors.
-        damage_rate: bit error probability of the binarized weights in training, in [0, 1); 0 trains without errors.
-            Otherwise a step averages the gradient of the clean loss and that of the loss at weights of which each is
-            flipped with this probability, drawn anew every step. The latent weights take the average; errors never
-            change them.
-        damage_spare: the weights of a layer that has less than this share, in [0, 1], of all binarized weights are
-            not flipped: those that a repair can guard for little, see `bnn_utils.repair.few_bits`.
-        damage_statistics: by which BatchNorm normalizes the damaged network in training. "batch", its own batch's,
-            take out of each channel what its wrong weights add to all images alike, which a deployed network has to
-            stand; "running", those of the clean network, are what is deployed, and suit a network that is trained
-            already (from random weights, training with them can fail).
-        damage_below: errors start after the first epoch whose mean clean cross-entropy in training was below this
-            many nats, and then stay. The default is the source's for 10 classes; more classes need a higher one.
-        loss: what is trained, "cross-entropy" or "margin", see `margin_loss`.
-        margin: of the margin loss, in units of a logit. Both published networks end with a BatchNorm that has no scale
-            and no shift, so that a unit is the standard deviation of the class's logit over a batch. The default is
-            the largest value that all images of a class can reach if c = 10 classes are equally frequent, sqrt(c - 1).
-        label_smoothing: the share of the cross-entropy's target, in [0, 1), that all classes get alike; the image's
-            own class gets the rest.
-        teacher_share: the share of the loss, in [0, 1], that is `distillation_loss` of a teacher's logits; the rest is
-            the cross-entropy. Above 0 it takes a teacher, see `train`.
-        temperature: of that loss, a positive number.
-        compile: train with torch.compile, which joins the many passes over activations into few; it takes up to a
-            minute first, and a C++ compiler on the CPU.
-
-    Raises:
-        ValueError: a field outside its range.
-
-    Source: the published recipe, see README.md. Errors: D. Stutz et al., Bit Error Robustness for Energy-Efficient
-    DNN Accelerators, MLSys 2021 (arXiv:2006.13977), whose published code starts them below 1.75 on CIFAR-10. Label
-    smoothing: C. Szegedy et al., Rethinking the Inception Architecture, CVPR 2016 (arXiv:1512.00567), section 7.
-    """
-
-    epochs: int = 100
-    batch_size: int = 256
-    lr: float = 5e-3
-    weight_decay: float = 0.0
-    optimizer: str = "adam"
-    precision: str = "float32"
-    seed: int = 0
-    damage_rate: float = 0.0
-    damage_spare: float = 0.0
-    damage_statistics: str = "batch"
-    damage_below: float = 1.75
-    loss: str = "cross-entropy"
-    margin: float = 3.0
-    label_smoothing: float = 0.0
-    teacher_share: float = 0.0
-    temperature: float = 1.0
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, since BatchNorm compares images, got {self.batch_size}")
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr must be a positive number, got {self.lr}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay must be zero or a positive number, got {self.weight_decay}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
-        if not 0 <= self.seed < 2**64:  # torch takes no more
-            raise ValueError(f"seed must lie in [0, 2**64), got {self.seed}")
-        if not 0 <= self.damage_rate < 1:
-            raise ValueError(f"damage_rate must lie in [0, 1), got {self.damage_rate}")
-        if not 0 <= self.damage_spare <= 1:
-            raise ValueError(f"damage_spare must lie in [0, 1], got {self.damage_spare}")
-        if self.damage_statistics not in STATISTICS:
-            raise ValueError(
-                f"unknown damage_statistics {self.damage_statistics!r}, expected one of {', '.join(STATISTICS)}"
-            )
-        if not 0 < self.damage_below < float("inf"):
-            raise ValueError(f"damage_below must be a positive number, got {self.damage_below}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"unknown loss {self.loss!r}, expected one of {', '.join(LOSSES)}")
-        if not 0 < self.margin < float("inf"):
-            raise ValueError(f"margin must be a positive number, got {self.margin}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if not 0 <= self.teacher_share <= 1:
-            raise ValueError(f"teacher_share must lie in [0, 1], got {self.teacher_share}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a positive number, got {self.temperature}")
-        if self.loss != "cross-entropy":
-            for name in ("label_smoothing", "teacher_share"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"{name} goes with the loss cross-entropy, got {getattr(self, name)} with {self.loss}"
-                    )
-
-
-# What recipes and networks did not always tell: where a run does not, it was trained as these defaults say.
+# A run's identity leaves out what came later than the first recipes, where it is as it was then.
 _ALWAYS = ("epochs", "batch_size", "lr", "weight_decay", "optimizer", "precision", "seed")
 _LATER = {"binary": True} | {field.name: field.default for field in fields(Recipe) if field.name not in _ALWAYS}
-
-
-def trained_on(model: nn.Module) -> dict[str, Any]:
-    """Return what a network that `bnn_utils.checkpoints.load` returned knows of its images; nothing of another one."""
-    return getattr(model, "trained_on", {})
-
-
-def batches(images: Images, batch_size: int = 500) -> Iterator[Tensor]:
-    """Yield the images in order, as a network takes them: (batch, channels, height, width), channels last."""
-    for start in range(0, len(images), batch_size):
-        yield images[start : start + batch_size][0].contiguous(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: Images, batch_size: int = 500) -> Tensor:
-    """Return the logits (n, classes) of `model` in evaluation mode; model and images lie on one device.
-
-    Raises:
-        bnn_utils.data.DataError: the model comes from a file, and the images are not as it was trained on.
-    """
-    images.check_trained(trained_on(model))
-    training = model.training
-    model.eval()
-    try:
-        return torch.cat([model(x) for x in batches(images, batch_size)])
-    finally:
-        model.train(training)
-
-
-def evaluate(model: nn.Module, images: Images, batch_size: int = 500) -> Evaluation:
-    """Return the loss and the accuracy of `model` on `images`, both on one device; see `score`."""
-    return score(predict(model, images, batch_size), images.labels)
-
-
-def score(logits: Tensor, labels: Tensor) -> Evaluation:
-    """Return the loss and the accuracy of logits (n, classes), given the images' classes (n,), 0..classes-1.
-
-    A damaged network may put out NaN. The predicted class is torch's argmax, to which NaN is the highest logit (as
-    in the published experiment); the loss becomes NaN or infinite, and is returned as that.
-    """
-    logits = logits.double()
-    loss = functional.cross_entropy(logits, labels).item()
-    return Evaluation(loss, (logits.argmax(1) == labels).double().mean().item())
 
 
 def _signs(model: nn.Module) -> list[Tensor]:
@@ -226,87 +70,7 @@ def _learning_rate(recipe: Recipe, progress: float) -> float:
     return final + (recipe.lr - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def margin_loss(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """Return the modified hinge loss: the mean over images and classes of max(0, margin - y f).
-
-    f is the logit of a class; y is +1 where it is the image's class, else -1. A logit beyond the margin, on its side
-    of zero, asks for nothing more, so training turns to those that few flipped bits could carry across.
-
-    Args:
-        logits: (n, classes), floating point.
-        labels: (n,), the classes of the images, 0..classes-1.
-        margin: in units of a logit; see `Recipe.margin`.
-
-    Source: S. Buschjäger et al., Margin-Maximization in Binarized Neural Networks for Optimizing Bit Error Tolerance,
-    DATE 2021.
-    """
-    y = 2 * functional.one_hot(labels, logits.shape[1]) - 1
-    return functional.relu(margin - y * logits).mean()
-
-
-def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T^2 KL(p || q), the mean over images, for p = softmax(teacher / T) and q = softmax(logits / T).
-
-    KL(p || q) = sum over classes of p log(p / q). The gradients of a softened distribution shrink as 1 / T^2; the
-    factor T^2 keeps their size, so that T leaves the balance with another loss as it is.
-
-    Args:
-        logits: (n, classes), floating point, of the network that is trained.
-        teacher: (n, classes), of its teacher for the same images.
-        temperature: T; above 1 it softens both distributions.
-
-    Source: G. Hinton, O. Vinyals and J. Dean, Distilling the Knowledge in a Neural Network, 2015 (arXiv:1503.02531),
-    section 2.
-    """
-    q, p = (functional.log_softmax(each / temperature, 1) for each in (logits, teacher))
-    return temperature**2 * functional.kl_div(q, p, reduction="batchmean", log_target=True)
-
-
-@contextmanager
-def flipped_weights(
-    model: nn.Module, probability: float, generator: np.random.Generator, spare: float = 0.0
-) -> Iterator[int]:
-    """Flip the sign of each binarized weight of `model` with `probability`, until the context ends.
-
-    A flipped latent weight w becomes -w, and 0, which reads +1, a tiny negative number: the layer's weight
-    changes its sign, and the straight-through gradient passes where it did before. Errors are independent, their
-    number is binomial, as in `bnn_utils.bits.sample_positions`. On leaving, an exception too, every latent weight is
-    back, bit for bit. Gradients with respect to the flipped weights must be computed inside the context.
-
-    Args:
-        model: any network with binarized layers, on any device.
-        probability: of each weight to be flipped, in [0, 1].
-        generator: where the randomness comes from.
-        spare: see `Recipe.damage_spare`.
-
-    Yields:
-        The number of flipped weights.
-
-    Raises:
-        ValueError: `probability` is not in [0, 1].
-    """
-    latent: list[tuple[Tensor, tuple[Tensor, ...], Tensor]] = []
-    weights = binarized_weights(model).values()
-    least = spare * sum(weight.numel() for weight in weights)
-    try:
-        with torch.no_grad():
-            for weight in weights:
-                if weight.numel() < least:
-                    continue
-                drawn = sample_positions(weight.numel(), probability, generator)
-                positions = np.concatenate([np.empty(0, np.int64), *drawn])
-                index = torch.unravel_index(torch.from_numpy(positions).to(weight.device), weight.shape)
-                before = weight[index]
-                latent.append((weight, index, before))
-                weight[index] = torch.where(before == 0, -torch.finfo(before.dtype).tiny, -before)
-        yield sum(len(before) for _, _, before in latent)
-    finally:
-        with torch.no_grad():
-            for weight, index, before in reversed(latent):  # of a weight that two layers share, the first value last
-                weight[index] = before
-
-
-def _compiled(model: nn.Module) -> Network:
+def _compiled(model: nn.Module) -> Forward:
     """Return torch.compile's form of `model`, which shares its parameters, or tell why there is none."""
     try:
         torch.compile(torch.neg)(torch.zeros(1))
@@ -331,14 +95,14 @@ def _statistics_kept(model: nn.Module, statistics: str) -> Iterator[None]:
             norm.track_running_stats = norm.training = True
 
 
-def _logits(network: Network, x: Tensor, recipe: Recipe) -> Tensor:
+def _logits(network: Forward, x: Tensor, recipe: Recipe) -> Tensor:
     with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         logits = network(x)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))  # a loss of bfloat16 would be coarse
 
 
 def _forward(
-    network: Network, x: Tensor, labels: Tensor, recipe: Recipe, taught: Tensor | None
+    network: Forward, x: Tensor, labels: Tensor, recipe: Recipe, taught: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the logits and the loss that is trained; `taught` are the teacher's logits."""
     logits = _logits(network, x, recipe)
@@ -353,7 +117,7 @@ def _forward(
 
 def _backward(
     model: nn.Module,
-    network: Network,
+    network: Forward,
     x: Tensor,
     labels: Tensor,
     recipe: Recipe,
@@ -381,7 +145,7 @@ def _backward(
 
 def _train_epoch(
     model: nn.Module,
-    network: Network,
+    network: Forward,
     data: Dataset,
     recipe: Recipe,
     epoch: int,
@@ -436,19 +200,11 @@ def _train_epoch(
     return Evaluation(parallel.total(loss_sum).item() / shares, accuracy), parallel.total(entropy_sum).item() / shares
 
 
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
-
-
 def _identity(model: nn.Module, data: Dataset, recipe: Recipe, teacher: nn.Module | None) -> dict[str, Any]:
     """Return what must agree before a run may go on from a state file."""
-    network = {"network": getattr(model, "name", type(model).__name__), **getattr(model, "config", {})}
+    network = {"network": name_of(model), **(config_of(model) or {})}
     told = {key: value for key, value in asdict(recipe).items() if key not in _LATER or value != _LATER[key]}
-    taught = {} if teacher is None else {"teacher": _digest(teacher)}
+    taught = {} if teacher is None else {"teacher": checksum("", teacher.state_dict())[:12]}
     return {**network, "dataset": data.name, "train_images": len(data.train), **told, **taught}
 
 
@@ -459,7 +215,7 @@ def _score(row: dict[str, Any]) -> tuple[float, float]:
 def _state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {"facts": {}, **state, "identity": dict(state["identity"])}  # facts came later
+        return {name: state[name] for name in _STATE}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file, so there is nothing to resume") from None
     except Exception as error:  # torch raises many kinds for a file that is cut short or of another format
@@ -468,19 +224,18 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def state_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the facts of the run in `folder` as its last finished epoch left them; of an old file, its epochs alone.
+    """Return the facts of the run in `folder` as its last finished epoch left them.
 
     Raises:
         ValueError: the folder holds no run.
     """
-    state = _state(Path(folder) / STATE_FILE)
-    return {"recipe": {"epochs": state["identity"].get("epochs", math.inf)}, **state["facts"]}
+    return _state(Path(folder) / STATE_FILE)["facts"]
 
 
 def _resume(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     state = _state(path)
     before = state["identity"]
-    if identity["epochs"] > before.get("epochs", math.inf):
+    if identity["epochs"] > before["epochs"]:
         state["facts"]["extended"] = [*state["facts"].get("extended", ()), before["epochs"]]
         before["epochs"] = identity["epochs"]
     differing = [
@@ -560,14 +315,14 @@ def train(
         teacher.eval()
     identity = _identity(model, data, recipe, teacher)
     facts = {"dataset": data.name, **data.train.facts, "recipe": asdict(recipe)}
-    if (config := getattr(model, "config", None)) is not None:  # so that `bnn_utils.checkpoints.load` can build it
-        facts |= {"network": getattr(model, "name", ""), "config": dict(config)}
+    if (config := config_of(model)) is not None:  # so that `bnn_utils.checkpoints.load` can build it
+        facts |= {"network": name_of(model), "config": dict(config)}
     optimizer = _optimizer(model, recipe)
     batch = min(recipe.batch_size, len(data.train))
     if batch % parallel.processes():
         raise ValueError(f"a batch of {batch} images has no equal shares for {parallel.processes()} processes")
     averaged = parallel.averaging(model)
-    network: Network = _compiled(averaged) if recipe.compile else averaged
+    network: Forward = _compiled(averaged) if recipe.compile else averaged
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
     damaging = False
@@ -579,9 +334,7 @@ def train(
         facts |= {key: value for key, value in state["facts"].items() if key == "extended"}
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        rows, damaging = state["rows"], state.get("damaging", False)
-        # A file may be of before there were errors, and then tells neither the epoch nor that there were none.
-        best = dict(epoch=max(rows, key=_score)["epoch"], damaging=False) | state["best"]
+        rows, damaging, best = state["rows"], state["damaging"], state["best"]
     elif folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     if not parallel.first():  # one writes; not before all have read, since its first epoch takes all of them
@@ -618,8 +371,8 @@ def train(
                 on_best(model, row)
         damaging = damaging or (recipe.damage_rate > 0 and entropy < recipe.damage_below)
         if folder is not None:
-            state = dict(identity=identity, facts=facts, rows=rows, best=best, damaging=damaging)
-            state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+            told = (identity, facts, rows, best, damaging, model.state_dict(), optimizer.state_dict())
+            state = dict(zip(_STATE, told, strict=True))
             write_beside(Path(folder) / STATE_FILE, partial(torch.save, state))
             write_beside(Path(folder) / HISTORY_FILE, partial(pd.DataFrame(rows).to_csv, index=False))
         if on_epoch is not None:
@@ -651,13 +404,9 @@ class Job:
 
 
 def _train_job(job: Job, data: Dataset) -> tuple[nn.Module, pd.DataFrame]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums depend on how they are split, so here and in a worker alike
     model = copy.deepcopy(job.model)
-    try:
+    with one_thread():  # sums depend on how they are split, so here and in a worker alike
         history = train(model, data, job.recipe, after_step=job.after_step, teacher=job.teacher, progress=False)
-    finally:
-        torch.set_num_threads(threads)
     for position, (name, value) in enumerate(job.columns.items()):
         history.insert(position, name, value)
     return model, history
@@ -692,8 +441,8 @@ def train_many(
         raise ValueError(f"columns of the history itself cannot tell jobs apart: {', '.join(taken)}")
     if data.train.labels.device.type != "cpu":
         workers = 1
-    parallel = joblib.Parallel(n_jobs=min(workers, len(jobs)), return_as="generator")
-    trained = parallel(joblib.delayed(_train_job)(job, data) for job in jobs)
+    pool = joblib.Parallel(n_jobs=min(workers, len(jobs)), return_as="generator")
+    trained = pool(joblib.delayed(_train_job)(job, data) for job in jobs)
     histories = []
     for model, history in progress_bar(trained, total=len(jobs), desc="trainings"):
         histories.append(history)

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks import common, inference, injection, popcount, runtimes, sweep
 from benchmarks import training as training_benchmark
-from bnn_utils import data, kernels, models, training
+from bnn_utils import data, loops, models, training
 from bnn_utils.layers import BINARIZED
 
 
@@ -135,7 +135,7 @@ def weighted(kept):
 
 
 def test_the_carry_save_loop_counts_the_bits_of_eight_words():
-    loop = popcount.register_loop(popcount.carry_save, chains=2, vectors=12, lanes=kernels.CARRY_SAVE.lanes)
+    loop = popcount.register_loop(popcount.carry_save, chains=2, vectors=12, lanes=loops.CARRY_SAVE.lanes)
     chains = [[97 * vector + 5 for vector in range(first, first + 12)] for first in (0, 12)]  # the first lanes
     for turns in range(4):
         assert loop(turns) == sum(map(sum, chains))

@@ -19,22 +19,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors.torch
 import torch
 from scipy import stats
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from bnn_utils import campaign, results
-from bnn_utils.campaign import WorkerError, aggregate, mean_interval, run, trial_seed
+import bnn_utils
+from bnn_utils import campaign
+from bnn_utils.campaign import ResultsError, WorkerError, aggregate, mean_interval, run, trial_seed
 from bnn_utils.data import Images
+from bnn_utils.evaluation import Evaluation, evaluate
 from bnn_utils.faults import ErrorModel, inject, inject_tensors, stored_tensors
 from bnn_utils.layers import BinarizeConv2d
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import ENGINES, PackedModel, deployed, pack
 from bnn_utils.repair import REPAIRS, clip
-from bnn_utils.results import ResultsError
-from bnn_utils.training import Evaluation, evaluate
 
-ROOT = Path(campaign.__file__).parents[1]
+ROOT = Path(bnn_utils.__file__).parents[1]
 COLUMNS = ["network", "dataset", "storage", "repair", "probability", "trial", "seed", "flips", "loss", "accuracy"]
 
 
@@ -153,8 +154,8 @@ def test_the_vote_outlasts_what_the_network_alone_does_not(model, images, storag
 def test_results_without_flips_are_used_again_unless_what_a_repair_stores_was_hit(model, images, monkeypatch):
     calls = []
     for name in ("evaluate", "score"):
-        own = getattr(campaign, name)
-        monkeypatch.setattr(campaign, name, lambda *arguments, own=own: calls.append(1) or own(*arguments))
+        own = getattr(campaign.trial, name)
+        monkeypatch.setattr(campaign.trial, name, lambda *arguments, own=own: calls.append(1) or own(*arguments))
     for probability, evaluated in [(0.0, 2), (1e-5, 1 + 4)]:
         calls.clear()
         table = run(model, images, [probability], 4, repairs=("none", "vote"), targets="features.3.bias")
@@ -230,7 +231,7 @@ def test_the_packed_form_gives_what_the_floats_give(build, images, monkeypatch):
     model = with_statistics(build(width=0.06, in_channels=1, input_size=8))
     campaign_of = dict(probabilities=[1e-3, 1e-2, 1e-1], trials=5, repairs=("none", "clip"), seed=5)
     fast = run(model, images, **campaign_of)
-    monkeypatch.setattr(campaign, "deployed", lambda network: network)
+    monkeypatch.setattr(campaign.trial, "deployed", lambda network: network)
     slow = run(model, images, **campaign_of)
     assert (fast["accuracy"] == slow["accuracy"]).all()
     finite = np.isfinite(slow["loss"])
@@ -246,6 +247,85 @@ def test_a_network_that_cannot_be_packed_keeps_its_floats(images):
         assert run(model.eval(), images, [1e-3], 2, targets=targets)["accuracy"].between(0, 1).all()
     with pytest.raises(TypeError, match="Identity"):
         run(model, images, [1e-3], 2, storage="packed")
+
+
+# Any network, on a loader or a function instead of images
+
+
+class Recurrent(nn.Module):
+    """Reads an image row by row."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(8, 12, batch_first=True), nn.Linear(12, 10)
+
+    def forward(self, x):
+        return self.last(self.lstm(x.squeeze(1))[0][:, -1])
+
+
+def loader_of(images, **how):
+    return DataLoader(TensorDataset(*images[:]), batch_size=7, **how)
+
+
+@pytest.mark.parametrize("storage", ["float32", "packed"])
+def test_a_loader_gives_what_its_images_give(model, images, storage):
+    campaign_of = dict(probabilities=[1e-3, 1e-2], trials=3, storage=storage, repairs=("none", "clip"))
+    expected = run(model, images, **campaign_of)
+    table = run(model, loader_of(images), **campaign_of)
+    pd.testing.assert_frame_equal(table, expected.assign(dataset="TensorDataset"))
+
+
+def test_a_network_of_ones_own_on_a_loader_and_on_a_function(images, tmp_path):
+    torch.manual_seed(0)
+    model = Recurrent()
+    model.lstm.eval()
+    modes = [module.training for module in model.modules()]
+    expected = run(model, images, [1e-3, 1e-2], 4)
+    assert set(expected["network"]) == {"Recurrent"} and expected["accuracy"].nunique() > 1
+    own = expected[["seed", "flips", "accuracy"]]
+    shuffled = run(model, loader_of(images, shuffle=True), [1e-3, 1e-2], 4)
+    pd.testing.assert_frame_equal(shuffled[own.columns], own)
+
+    def right(network):
+        assert not network.training and not network(images[:2][0]).requires_grad
+        return evaluate(network, images).accuracy
+
+    table = run(model, right, [1e-3, 1e-2], 4, out=tmp_path / "t.sqlite")
+    pd.testing.assert_frame_equal(table[own.columns], own)
+    assert set(table["dataset"]) == {"right"} and table["loss"].isna().all()
+    with processes(2) as pool:  # the function is defined here, where no worker can import it
+        pytest.importorskip("cloudpickle")
+        pd.testing.assert_frame_equal(run(model, right, [1e-3, 1e-2], 4, executor=pool), table)
+    pd.testing.assert_frame_equal(run(model, right, [1e-3, 1e-2], 4, out=tmp_path / "t.sqlite", resume=True), table)
+    with pytest.raises(ResultsError, match="function's number, undamaged: "):
+        run(model, lambda network: 0.5, [1e-3], 4, out=tmp_path / "t.sqlite", resume=True)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_function_sees_the_network_as_its_storage_holds_it(model, images):
+    table = run(model, lambda network: isinstance(network, PackedModel), [1e-2], 1, storage="packed")
+    assert table["accuracy"].tolist() == [1]
+    biggest = run(model, lambda network: network.features[3].weight.abs().max(), [0.0], 1)
+    assert biggest["accuracy"].tolist() == [1]
+    unlike = run(model, lambda network: math.nan, [0.0], 1)
+    assert unlike["accuracy"].isna().all() and aggregate(unlike)["not_finite"].tolist() == [1]
+    with pytest.raises(ValueError, match=r"until wants numbers in \[0, 1\], got \[3\.0\]"):
+        run(model, lambda network: 3, [0.0], 5, until=0.1, least=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "said"),
+    [
+        (3, TypeError, "Images, batches of .* or a function, got int"),
+        ([], ValueError, "at least one batch"),
+        ([torch.zeros(2, 1, 8, 8)], TypeError, "inputs, labels"),
+        ([(torch.zeros(2, 8), torch.zeros(2)), (torch.zeros(2, 9), torch.zeros(2))], TypeError, "one shape"),
+        ([(torch.zeros(2, 8), torch.zeros(2, 10))], TypeError, r"whole numbers .*float32 \(10,\) each"),
+    ],
+)
+def test_data_that_cannot_be_used(model, data, kind, said):
+    with pytest.raises(kind, match=said):
+        run(model, data, [1e-2], 1)
 
 
 # What is computed once
@@ -336,7 +416,7 @@ def test_no_more_is_kept_than_fits(images, started, monkeypatch):
         (earlier - 1, [0, 0]),
     ]:
         started.clear()
-        monkeypatch.setattr(campaign, "KEPT_BYTES", room)
+        monkeypatch.setattr(campaign.trial, "KEPT_BYTES", room)
         pd.testing.assert_frame_equal(run(model, images, **campaign_of), table)
         assert started == 2 * stages, room
 
@@ -404,7 +484,7 @@ def test_an_executor_gives_the_same_table(model, images, tmp_path, storage, monk
     if storage == "packed":
         pools += [processes(1, "spawn"), ThreadPoolExecutor(2)]
     for index, pool in enumerate([*pools, dask.get_executor()]):
-        monkeypatch.setattr(campaign, "TASK_SECONDS", [1, 1e-4, 0.02][index % 3])  # other cuts into tasks
+        monkeypatch.setattr(campaign.schedule, "TASK_SECONDS", [1, 1e-4, 0.02][index % 3])  # other cuts into tasks
         out = tmp_path / f"{index}{['.sqlite', '.csv'][index % 2]}"
         there = run(model, images, **SWEEP, storage=storage, executor=pool, out=out)
         pd.testing.assert_frame_equal(here, there)
@@ -418,13 +498,13 @@ def test_an_executor_gives_the_same_table(model, images, tmp_path, storage, monk
 
 
 def test_tasks_hold_several_trials_and_scratch_is_left_empty(model, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(campaign, "TASK_SECONDS", 1e3)  # longer than they all take, on however slow a machine
+    monkeypatch.setattr(campaign.schedule, "TASK_SECONDS", 1e3)  # longer than they all take, on however slow a machine
     pool = Shuffled(0)
     run(model, images, [1e-2, 1e-3], 40, executor=pool, scratch=tmp_path)
     assert pool.sizes == [1, 1, 39, 39]
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(campaign, "MOST_TASKS", 5)
-    monkeypatch.setattr(campaign, "TASK_SECONDS", 1e-9)
+    monkeypatch.setattr(campaign.schedule, "MOST_TASKS", 5)
+    monkeypatch.setattr(campaign.schedule, "TASK_SECONDS", 1e-9)
     pool = Shuffled(0)
     run(model, images, [1e-2], 101, executor=pool)
     assert pool.sizes == [1] + [20] * 5
@@ -432,9 +512,10 @@ def test_tasks_hold_several_trials_and_scratch_is_left_empty(model, images, tmp_
 
 def test_network_and_images_are_loaded_once_a_worker(model, images, monkeypatch):
     loads = []
-    load = safetensors.torch.load
-    monkeypatch.setattr(safetensors.torch, "load", lambda content: loads.append(len(content)) or load(content))
-    monkeypatch.setattr(campaign, "TASK_SECONDS", 1e-9)
+    load = torch.load
+    weigh = lambda stream: loads.append(len(stream.getvalue()))  # noqa: E731
+    monkeypatch.setattr(torch, "load", lambda stream, **how: weigh(stream) or load(stream, **how))
+    monkeypatch.setattr(campaign.schedule, "TASK_SECONDS", 1e-9)
     with ThreadPoolExecutor(2) as pool:
         run(model, images, [1e-2, 1e-3], 30, executor=pool)
         assert 1 <= len(loads) <= 2 and min(loads) > images.pixels.numel()
@@ -533,7 +614,7 @@ def check_part(path, whole):
 
 
 def test_a_killed_worker_of_a_pool_is_told_and_nothing_finished_is_lost(model, images, tmp_path, monkeypatch, whole):
-    monkeypatch.setattr(campaign, "TASK_SECONDS", 0.01)
+    monkeypatch.setattr(campaign.schedule, "TASK_SECONDS", 0.01)
     out = tmp_path / "t.sqlite"
     pool = processes(2)
     killing = Kills(pool, lambda: list(pool._processes), {5})
@@ -549,7 +630,7 @@ def test_a_killed_worker_of_a_pool_is_told_and_nothing_finished_is_lost(model, i
 
 
 def test_a_killed_worker_of_a_cluster_does_not_show(model, images, monkeypatch, dask, whole):
-    monkeypatch.setattr(campaign, "TASK_SECONDS", 0.01)
+    monkeypatch.setattr(campaign.schedule, "TASK_SECONDS", 0.01)
 
     def victims():
         return list(dask.run(os.getpid).values())
@@ -607,8 +688,8 @@ def test_interrupted_half_way(model, images, tmp_path, monkeypatch, raised):
             raise raised
         return evaluate(*arguments)
 
-    evaluate = campaign.evaluate
-    monkeypatch.setattr(campaign, "evaluate", interrupted)
+    evaluate = campaign.trial.evaluate
+    monkeypatch.setattr(campaign.trial, "evaluate", interrupted)
     with pytest.raises(raised):
         run(model, images, [1e-2, 1e-3], 3, repairs=("none", "clip"), out=tmp_path / "t.csv")
     assert bits_of(model) == before
@@ -624,8 +705,8 @@ def test_rows_are_there_as_trials_finish(model, images, tmp_path, monkeypatch):
             lengths.append(len(pd.read_sql("SELECT * FROM trials", connection)))
         return Evaluation(1.0, 0.5)
 
-    monkeypatch.setattr(campaign, "evaluate", watched)
-    monkeypatch.setattr(campaign, "WRITE_SECONDS", 0)
+    monkeypatch.setattr(campaign.trial, "evaluate", watched)
+    monkeypatch.setattr(campaign.schedule, "WRITE_SECONDS", 0)
     run(model, images, [1e-2, 1e-3], 2, out=tmp_path / "t.sqlite")
     assert lengths == [0, 1, 2, 3]
 
@@ -742,7 +823,7 @@ def test_killed_twenty_times_and_resumed_equals_uninterrupted(model, images, tmp
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
 def test_twenty_killed_workers(model, images, tmp_path, monkeypatch, whole, seed):
-    monkeypatch.setattr(campaign, "TASK_SECONDS", 0.01)
+    monkeypatch.setattr(campaign.schedule, "TASK_SECONDS", 0.01)
     out = tmp_path / "t.sqlite"
     with processes(2) as pool:
         killing = Kills(pool, lambda: list(pool._processes) or [2**22 + 1], {random.Random(seed).randrange(1, 12)})
@@ -755,8 +836,8 @@ def test_twenty_killed_workers(model, images, tmp_path, monkeypatch, whole, seed
 
 def counted(monkeypatch):
     calls = []
-    evaluate = campaign.evaluate
-    monkeypatch.setattr(campaign, "evaluate", lambda *arguments: calls.append(1) or evaluate(*arguments))
+    evaluate = campaign.trial.evaluate
+    monkeypatch.setattr(campaign.trial, "evaluate", lambda *arguments: calls.append(1) or evaluate(*arguments))
     return calls
 
 
@@ -833,10 +914,10 @@ def test_another_campaign_is_told_line_by_line(model, images, tmp_path, monkeypa
     elif change == "name":
         data = replace(images, dataset="other")
     elif change == "floats":
-        monkeypatch.setattr(campaign, "deployed", lambda network: network)
+        monkeypatch.setattr(campaign.identity, "deployed", lambda network: network)
     elif change == "streams":
         seed = campaign.trial_seed
-        monkeypatch.setattr(campaign, "trial_seed", lambda *arguments: seed(*arguments) + 1)
+        monkeypatch.setattr(campaign.identity, "trial_seed", lambda *arguments: seed(*arguments) + 1)
     else:
         setting |= change
     before = out.read_bytes()
@@ -854,7 +935,7 @@ def test_latent_weights_are_not_stored_and_do_not_matter(model, images, tmp_path
 
 def test_a_full_disk_is_told_and_the_network_is_as_it_was(model, images, tmp_path, monkeypatch):
     out, before, written = tmp_path / "t.sqlite", bits_of(model), []
-    append = results.Results.append
+    append = campaign.results.Results.append
 
     def full(kept, rows):
         if written:
@@ -862,8 +943,8 @@ def test_a_full_disk_is_told_and_the_network_is_as_it_was(model, images, tmp_pat
         written.append(len(rows))
         append(kept, rows)
 
-    monkeypatch.setattr(results.Results, "append", full)
-    monkeypatch.setattr(campaign, "WRITE_SECONDS", 0.05)
+    monkeypatch.setattr(campaign.results.Results, "append", full)
+    monkeypatch.setattr(campaign.schedule, "WRITE_SECONDS", 0.05)
     with pytest.raises(OSError, match=rf"{out}: cannot be written \(database or disk is full\)"):
         run(model, images, [1e-2], 3000, out=out)
     assert bits_of(model) == before
@@ -888,7 +969,7 @@ def looks_by_hand(table, until, least, most, repairs):
 
 def test_until_stops_at_the_planned_looks_whoever_runs_it(model, images, tmp_path, monkeypatch):
     # Whatever the interval is: this one has another width at each of the probabilities, after few trials.
-    monkeypatch.setattr(campaign, "bounded_interval", mean_interval)
+    monkeypatch.setattr(campaign.schedule, "bounded_interval", mean_interval)
     repairs, ps, most = ("none", "clip"), [0.0, 1e-3, 1e-2], 50
     sweep = dict(probabilities=ps, trials=most, repairs=repairs, until=0.015, least=6)
     here = run(model, images, **sweep, out=tmp_path / "t.sqlite")
@@ -900,7 +981,7 @@ def test_until_stops_at_the_planned_looks_whoever_runs_it(model, images, tmp_pat
     kept = full[full["trial"] < full["probability"].map(counts)].reset_index(drop=True)
     pd.testing.assert_frame_equal(here, kept)
     for pool in (Shuffled(0), ThreadPoolExecutor(2)):
-        monkeypatch.setattr(campaign, "TASK_SECONDS", 0.01)
+        monkeypatch.setattr(campaign.schedule, "TASK_SECONDS", 0.01)
         out = tmp_path / "other.db"
         pd.testing.assert_frame_equal(run(model, images, **sweep, executor=pool, out=out), here)
         assert check_part(out, full) == counts.sum()  # none was run in vain
@@ -917,74 +998,6 @@ def test_until_stops_at_the_planned_looks_whoever_runs_it(model, images, tmp_pat
     spent, fixed, share = campaign.saved(here)
     assert (spent, fixed) == (counts.sum(), 3 * counts.max())
     assert share == pytest.approx(1 - spent / fixed)
-
-
-# Statistics
-
-
-@pytest.mark.parametrize("n", [2, 3, 20, 200])
-@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
-def test_interval_is_students(n, confidence):
-    values = np.random.default_rng(n).normal(5, 2, n)
-    mean, half = mean_interval(values, confidence)
-    low, high = stats.t.interval(confidence, n - 1, loc=np.mean(values), scale=stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-12)
-
-
-def test_interval_of_a_worked_example():
-    # 2, 4, 6: mean 4, standard deviation 2, t(0.975; 2 degrees of freedom) = 4.302653, so 4.302653 * 2 / sqrt(3)
-    assert mean_interval([2, 4, 6]) == pytest.approx((4, 4.968275), abs=1e-5)
-
-
-def test_interval_of_too_few_or_unusual_values():
-    mean, half = mean_interval([3.5])
-    assert mean == 3.5
-    assert math.isnan(half)
-    assert all(math.isnan(x) for x in mean_interval([]))
-    assert all(math.isnan(x) for x in mean_interval([1.0, math.nan, 2.0]))
-    mean, half = mean_interval([1.0, math.inf])
-    assert mean == math.inf
-    assert math.isnan(half)
-    assert mean_interval([0.25, 0.25, 0.25]) == (0.25, 0.0)
-
-
-def test_interval_covers_the_mean_as_often_as_it_says():
-    draws, n = 3000, 5
-    samples = np.random.default_rng(0).normal(10, 3, (draws, n))
-    covered = sum(abs(mean - 10) <= half for mean, half in map(mean_interval, samples))
-    assert stats.binom.ppf(5e-7, draws, 0.95) <= covered <= stats.binom.isf(5e-7, draws, 0.95)
-
-
-def test_aggregate_by_hand():
-    rng = np.random.default_rng(1)
-    rows = [
-        dict(network=network, dataset="noise", storage="float32", repair=repair, probability=p, trial=trial, seed=trial)
-        | dict(flips=int(rng.integers(100)), loss=rng.exponential(), accuracy=rng.random())
-        for network, repair, p, trial in product(["a", "b"], ["none", "clip"], [1e-3, 1e-2], range(4))
-    ]
-    table = pd.DataFrame(rows)
-    broken = (table["network"] == "a") & (table["repair"] == "clip") & (table["probability"] == 1e-3)
-    table.loc[broken & (table["trial"] == 1), "loss"] = math.inf
-    table.loc[broken & (table["trial"] == 2), "loss"] = math.nan
-
-    keys = ["network", "dataset", "storage", "repair", "probability"]
-    means = aggregate(table).set_index(keys)
-    groups = table.groupby(keys)
-    assert len(means) == groups.ngroups == 8
-    for key, group in groups:
-        row = means.loc[key]
-        assert row["trials"] == 4
-        assert row["flips"] == group["flips"].mean()
-        factor = stats.t.ppf(0.975, 3) / 2  # sqrt(4 trials)
-        assert row["accuracy"] == pytest.approx(group["accuracy"].mean())
-        assert row["accuracy_half"] == pytest.approx(factor * group["accuracy"].std())
-        if key == ("a", "noise", "float32", "clip", 1e-3):
-            assert row["not_finite"] == 2
-            assert not math.isfinite(row["loss"])
-        else:
-            assert row["not_finite"] == 0
-            assert row["loss"] == pytest.approx(group["loss"].mean())
-            assert row["loss_half"] == pytest.approx(factor * group["loss"].std())
 
 
 def test_aggregate_of_a_campaign(model, images):
@@ -1014,37 +1027,6 @@ def test_aggregate_of_campaigns_put_together(model, images):
     means = aggregate(named, by=["file"])
     assert means["trials"].tolist() == [4, 4]
     assert means["accuracy"].tolist() == pytest.approx(named.groupby("file")["accuracy"].mean().tolist())
-
-
-def test_median_interval_uses_the_ranks_that_the_binomial_distribution_gives():
-    for n in (9, 20, 31):
-        values = np.random.default_rng(n).permutation(np.arange(n) ** 3.0)
-        rank = max(k for k in range(n // 2) if stats.binom.cdf(k, n, 0.5) <= 0.025)  # so many may lie outside
-        median, low, high = campaign.median_interval(values)
-        assert (median, low, high) == (np.median(values), rank**3, (n - 1 - rank) ** 3)
-
-
-def test_median_interval_takes_nan_for_infinity_and_needs_trials():
-    assert campaign.median_interval([1, 2, np.nan, 3, np.nan, np.inf])[0] == np.inf
-    median, low, high = campaign.median_interval([1.0, 5.0])
-    assert median == 3 and np.isnan(low) and np.isnan(high)
-
-
-def test_median_interval_covers_the_median_of_skewed_values():
-    rng = np.random.default_rng(0)
-    intervals = [campaign.median_interval(np.exp(3 * rng.normal(size=21)))[1:] for _ in range(400)]
-    covered = sum(low <= 1 <= high for low, high in intervals)  # the median of exp(3 z) is 1
-    exact = 1 - 2 * stats.binom.cdf(5, 21, 0.5)
-    assert stats.binom.ppf(1e-6, 400, exact) <= covered <= stats.binom.isf(1e-6, 400, exact)
-
-
-def test_intervals():
-    table = pd.DataFrame({"a": ["y", "y", "x", "x", "x"], "b": [1, 1, 2, 2, 2], "value": [1.0, 3, 2, 4, 9]})
-    rows = campaign.intervals(table, ["a", "b"], "value")
-    assert rows[["a", "b", "trials"]].to_numpy().tolist() == [["y", 1, 2], ["x", 2, 3]]
-    assert rows["value"].tolist() == [2, 5]
-    halves = [stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) for values in ([1, 3], [2, 4, 9])]
-    assert rows["value_half"].tolist() == pytest.approx(halves)
 
 
 # When to stop
@@ -1083,14 +1065,3 @@ def test_intervals_hold_where_failures_are_rare(share):
     assert _played(sample, mean, campaign.bounded_interval, 0.02) >= 0.93
     if share < 0.1:  # where Student's own stops before it has seen a failure
         assert _played(sample, mean, campaign.mean_interval, 0.02) < 0.7
-
-
-def test_bounded_interval():
-    values = np.array([0.2, 0.9, 0.8, 0.85])
-    more = np.array([0.2, 0.9, 0.8, 0.85, 0, 1])
-    low, high = stats.t.interval(0.9, 5, more.mean(), stats.sem(more))
-    centre, half = campaign.bounded_interval(values, 0.9)
-    np.testing.assert_allclose((centre - half, centre + half), (low, high))
-    assert np.isnan(campaign.bounded_interval([])).all()
-    for n in (100, 1000):  # of n trials that are all alike
-        assert 1.38 / n < campaign.bounded_interval(np.full(n, 0.5))[1] < 1.42 / n

@@ -27,11 +27,14 @@ from torch import nn
 
 from bnn_utils import __main__ as cli
 from bnn_utils import campaign, checkpoints, data, faults
+from bnn_utils.campaign import executors
+from bnn_utils.evaluation import Evaluation, evaluate
 from bnn_utils.layers import binarized_weights
 from bnn_utils.models import build, resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
-from bnn_utils.training import Recipe, evaluate, train
+from bnn_utils.report import published_form
+from bnn_utils.training import Recipe, train
 
 ROOT = Path(cli.__file__).parents[1]
 DIGITS = "train --model vgg_cifar10_binary --dataset digits"
@@ -387,7 +390,7 @@ def test_damage_until_an_interval(until, end, best, capsys):
     model, _ = checkpoints.load(best)
     images = data.digits().test.limit(20)
     table = campaign.run(model, images, [1e-3, 1e-2], 40, repairs=("none", "clip"), until=until)
-    assert printed[:-1] == cli.published_form(table, evaluate(model, images)).splitlines()
+    assert printed[:-1] == published_form(table, evaluate(model, images)).splitlines()
     trials = table.groupby("probability")["trial"].nunique()
     assert printed[-1].startswith(end)
     assert re.search(rf": {trials.sum()} trials, \d+% fewer than {2 * trials.max()}", printed[-1])
@@ -435,7 +438,7 @@ def test_nothing_right_has_no_rate():
             for trial, loss in enumerate([1.0, np.inf, np.nan])
         ]
     )
-    text = cli.published_form(table, cli.Evaluation(2.0, 0.0))
+    text = published_form(table, Evaluation(2.0, 0.0))
     assert "acc rate:{nan ± nan}" in text
     assert "not finite in 2 of 3 trials" in text
 
@@ -502,15 +505,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, cap
     train = [*TRAIN, "--epochs", 4, "--results-dir", tmp_path]
     assert run([*train, "--save", "whole"]) == 0
     whole = capsys.readouterr().out
-    print_epoch = cli._print_epoch
-    monkeypatch.setattr(cli, "_print_epoch", interrupted)
+    print_epoch = cli.print_epoch
+    monkeypatch.setattr(cli, "print_epoch", interrupted)
     assert run([*train, "--save", "parts"]) == 130
     kept = capsys.readouterr()
     assert "Traceback" not in kept.err
     assert list(pd.read_csv(tmp_path / "parts/history.csv")["epoch"]) == [1, 2]
     checkpoints.load(tmp_path / "parts/best.safetensors")
 
-    monkeypatch.setattr(cli, "_print_epoch", print_epoch)
+    monkeypatch.setattr(cli, "print_epoch", print_epoch)
     assert run([*train, "--resume", tmp_path / "parts"]) == 0
     resumed = capsys.readouterr().out
     assert len(re.findall(r"^epoch +\d+ ", resumed, re.M)) == 2
@@ -1027,7 +1030,7 @@ OPTIONS += ["--scratch", "--out", "--resume", "--data-path", "--dataset", "--wor
 )
 def test_any_arguments(best, world, tmp_path, monkeypatch, capsys, command, drawn):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr(executors, "CONNECT_SECONDS", 0.1)
     arguments = [command, "-e", best]
     if command == "pack":
         arguments += ["-o", "x.safetensors"]

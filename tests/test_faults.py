@@ -32,8 +32,8 @@ from bnn_utils.faults import (
     targeted,
 )
 from bnn_utils.layers import BinarizeConv2d, BinarizeLinear, PReLU, Shift, binarize, binarized_weights
+from bnn_utils.losses import flipped_weights
 from bnn_utils.models import BiRealUnit, resnet_binary, resnet_bireal, vgg_cifar10_binary
-from bnn_utils.training import flipped_weights
 
 FALSE_ALARM = 1e-6  # of a whole statistical test
 SPECIAL = (0x00000000, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFC12345, 0x00000001, 0x807FFFFF)

@@ -19,19 +19,19 @@ from bnn_utils.packed import PackedLayer
 pytest.importorskip("numba")
 from numba import config, njit
 
-from bnn_utils import kernels
+from bnn_utils import kernels, loops
 
 ROOT = Path(__file__).resolve().parents[1]
-TILES = {"popcount": kernels.POPCOUNT, "two-input": kernels.TWO_INPUT}
-if kernels.target_has("avx512f"):
-    TILES["three-input"] = kernels.THREE_INPUT
+TILES = {"popcount": loops.POPCOUNT, "two-input": loops.TWO_INPUT}
+if loops.target_has("avx512f"):
+    TILES["three-input"] = loops.THREE_INPUT
 COUNTED = {}  # the compiled loops, by tile
 
 
 def counted(name):
     """Return a tile as a function of starts, offsets, filters and counts, compiled once."""
     if name not in COUNTED:
-        count = kernels.counter(TILES[name])
+        count = loops.counter(TILES[name])
 
         @njit
         def call(starts, offsets, filters, counts):
@@ -61,8 +61,8 @@ def test_a_tile_counts_differing_bits(name, rows, density, seed):
     x[generator.random(200) < 0.2] = 0
     at = generator.integers(0, 100, tile.positions)
     offsets = generator.integers(0, 100, rows)
-    filters = random_words(generator, density, rows, kernels.PANEL)
-    counts = np.full((tile.positions, kernels.PANEL + 3), -1, np.int32)
+    filters = random_words(generator, density, rows, loops.PANEL)
+    counts = np.full((tile.positions, loops.PANEL + 3), -1, np.int32)
     counted(name)(x.ctypes.data + 8 * at, 8 * offsets, filters, counts)
     patches = x[at[:, None] + offsets]
     expected = np.bitwise_count(patches[:, :, None] ^ filters[:, : tile.filters]).sum(1)
@@ -91,7 +91,7 @@ def test_a_convolution_of_any_shape_is_torchs(tile, images, inputs, channels, si
     x = binarize(torch.randn(images, inputs, *side, generator=generator))
     expected = functional.conv2d(x.double(), binarize(convolution.weight.detach()).double(), None, stride, padding)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "TILE", getattr(kernels, tile))
+        patch.setattr(kernels, "TILE", getattr(loops, tile))
         words = torch.from_numpy(pack_signs(x.permute(0, 2, 3, 1)).view(np.int64))
         assert torch.equal(PackedLayer(convolution)(words).double(), expected.permute(0, 2, 3, 1))
 
@@ -99,30 +99,30 @@ def test_a_convolution_of_any_shape_is_torchs(tile, images, inputs, channels, si
 @pytest.mark.parametrize(
     ("triple", "features", "tile"),
     [
-        ("x86_64-unknown-linux-gnu", "+avx2,+avx512f,+avx512vpopcntdq", kernels.POPCOUNT),
-        ("x86_64-unknown-linux-gnu", "+avx2,+avx512f,-avx512vpopcntdq", kernels.CARRY_SAVE),
-        ("x86_64-pc-windows-msvc", "+avx2", kernels.CARRY_SAVE),
-        ("x86_64-apple-darwin", "", kernels.CARRY_SAVE),
-        ("aarch64-unknown-linux-gnu", "+neon", kernels.POPCOUNT),
-        ("arm64-apple-darwin", "", kernels.POPCOUNT),
+        ("x86_64-unknown-linux-gnu", "+avx2,+avx512f,+avx512vpopcntdq", loops.POPCOUNT),
+        ("x86_64-unknown-linux-gnu", "+avx2,+avx512f,-avx512vpopcntdq", loops.CARRY_SAVE),
+        ("x86_64-pc-windows-msvc", "+avx2", loops.CARRY_SAVE),
+        ("x86_64-apple-darwin", "", loops.CARRY_SAVE),
+        ("aarch64-unknown-linux-gnu", "+neon", loops.POPCOUNT),
+        ("arm64-apple-darwin", "", loops.POPCOUNT),
     ],
 )
 def test_the_tile_is_chosen_by_the_processor_that_numba_compiles_for(triple, features, tile, monkeypatch):
     monkeypatch.setattr(config, "CPU_FEATURES", features)
-    monkeypatch.setattr(kernels, "get_process_triple", lambda: triple)
-    assert kernels.best_tile() is tile
+    monkeypatch.setattr(loops, "get_process_triple", lambda: triple)
+    assert loops.best_tile() is tile
 
 
 RESTRICTED = """
 import numpy as np
-from bnn_utils import kernels
-print(kernels.TILE is kernels.best_tile(), kernels.CARRY_SAVE is kernels.TWO_INPUT)
+from bnn_utils import kernels, loops
+print(kernels.TILE is loops.best_tile(), loops.CARRY_SAVE is loops.TWO_INPUT)
 generator = np.random.default_rng(0)
 x = generator.integers(0, 1 << 64, (2, 5, 5, 3), np.uint64)
 filters = generator.integers(0, 1 << 64, (2, 27, 32), np.uint64)
 patches = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2)).transpose(0, 1, 2, 4, 5, 3).reshape(18, 27)
 differing = np.bitwise_count(patches[:, None] ^ filters.transpose(0, 2, 1).reshape(64, 27)).sum(2, dtype=np.int64)
-for kernels.TILE in (kernels.POPCOUNT, kernels.CARRY_SAVE):
+for kernels.TILE in (loops.POPCOUNT, loops.CARRY_SAVE):
     out = np.empty((2, 3, 3, 64), np.int32)
     kernels.dots(x, filters, inputs=192, kernel=3, stride=1, padding=0, out=out, threads=1)
     print(np.array_equal(out.reshape(18, 64), 9 * 192 - 2 * differing))

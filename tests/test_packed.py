@@ -11,6 +11,7 @@ import math
 import pickle
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,9 @@ from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, PReLU, S
 from bnn_utils.models import BinarizedVGG, resnet_binary, resnet_bireal, vgg_cifar10_binary
 from bnn_utils.packed import ENGINES, Affine, PackedLayer, PackedModel, deployed, pack
 
+with suppress(ImportError):  # without Numba
+    from bnn_utils import kernels, loops
+
 ROOT = Path(__file__).resolve().parents[1]
 NAN, INF = math.nan, math.inf
 LOGITS = dict(rtol=1e-5, atol=1e-4)  # rounding of one scale and shift of integers below a few thousand
@@ -39,7 +43,7 @@ engines = pytest.mark.parametrize(
 def engine(request, monkeypatch):
     name, _, tile = request.param.partition(" ")
     if tile:
-        monkeypatch.setattr(packed_module.kernels, "TILE", getattr(packed_module.kernels, tile))
+        monkeypatch.setattr(kernels, "TILE", getattr(loops, tile))
     return name
 
 

@@ -221,7 +221,7 @@ def test_what_is_wrong_everywhere_is_told_by_the_first(monkeypatch, capsys, wron
             return stopped.code
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(cli.time, "sleep", wait)
+    monkeypatch.setattr(parallel.time, "sleep", wait)
     for name, value in dict(WORLD_SIZE=2, LOCAL_RANK=0).items():
         monkeypatch.setenv(name, str(value))
     try:
@@ -229,7 +229,7 @@ def test_what_is_wrong_everywhere_is_told_by_the_first(monkeypatch, capsys, wron
             monkeypatch.setenv("RANK", str(rank))
             assert status() == 2
             assert wrong[0][2:] in capsys.readouterr().err
-            assert waits == [(cli.WAIT_SECONDS, "")] * rank  # for the signal, before a word
+            assert waits == [(parallel.WAIT_SECONDS, "")] * rank  # for the signal, before a word
         with pytest.raises(SystemExit) as stopped:
             signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
         assert stopped.value.code == 2

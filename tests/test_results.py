@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bnn_utils.results import COLUMNS, ResultsError, opened
+from bnn_utils.campaign.results import COLUMNS, ResultsError, opened
 
 ROOT = Path(__file__).parents[1]
 FINGERPRINT = {"network": "net", "seed": "0", "images' SHA-256": "ab" * 32}

@@ -18,20 +18,12 @@ from torch import nn
 from torch.nn import functional
 
 from bnn_utils import data as datasets
-from bnn_utils.campaign import mean_interval
+from bnn_utils.evaluation import evaluate, predict
 from bnn_utils.layers import BinarizeLinear, binarized_weights
+from bnn_utils.losses import distillation_loss, flipped_weights, margin_loss
 from bnn_utils.models import build
-from bnn_utils.training import (
-    Job,
-    Recipe,
-    distillation_loss,
-    evaluate,
-    flipped_weights,
-    margin_loss,
-    predict,
-    train,
-    train_many,
-)
+from bnn_utils.statistics import mean_interval
+from bnn_utils.training import Job, Recipe, train, train_many
 
 SMALL = Recipe(epochs=3, batch_size=32, lr=1e-2)
 WITH_ERRORS = replace(SMALL, damage_rate=0.1, damage_below=100.0)  # from the second epoch on
@@ -393,25 +385,6 @@ def test_another_run_is_not_resumed(few, tmp_path, change, named):
     message = str(caught.value)
     assert named in message and "last.pt" in message and "\n" not in message
     assert (tmp_path / "last.pt").read_bytes() == before
-
-
-def test_a_run_of_before_there_were_errors_is_resumed(few, tmp_path):
-    model, again = network(), network(seed=6)
-    train(model, few, SMALL, folder=tmp_path / "whole")
-
-    def stop(row):
-        if row["epoch"] == 2:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        train(network(), few, SMALL, folder=tmp_path, on_epoch=stop)
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
-    recipe = ["epochs", "batch_size", "lr", "weight_decay", "optimizer", "precision", "seed"]
-    assert list(state["identity"]) == ["network", *model.config, "dataset", "train_images", *recipe]
-    del state["damaging"], state["best"]["damaging"], state["best"]["epoch"]
-    torch.save(state, tmp_path / "last.pt")
-    train(again, few, SMALL, folder=tmp_path, resume=True)
-    assert same_state(again, model)
 
 
 def test_another_network_or_data_set_is_not_resumed(few, digits, tmp_path):

@@ -18,8 +18,8 @@ import pandas as pd
 from bnn_utils import campaign, checkpoints, plotting
 from bnn_utils.faults import STORAGES
 from bnn_utils.packed import pack
+from bnn_utils.recipe import Recipe
 from bnn_utils.repair import stored_bits
-from bnn_utils.training import Recipe
 from tools.notebooks import ROOT, refresh, write
 
 BESIDE_PUBLISHED = ("vgg_cifar10", "resnet_published")  # those whose figures are held against the published

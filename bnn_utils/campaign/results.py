@@ -1,6 +1,6 @@
 """The file that a campaign writes as it runs: SQLite, a row a trial and repair, each with a checksum.
 
-This reads it, also while the campaign runs; a loss that is NaN is NULL in the file:
+This reads it, also while the campaign runs; a number that is NaN is NULL in the file:
 
     pd.read_sql("SELECT * FROM trials", sqlite3.connect("sweep.sqlite"))
 """
@@ -21,7 +21,7 @@ from bnn_utils.system import only_one, write_beside
 Row = dict[str, Any]
 
 ENDINGS = (".sqlite", ".db")
-COLUMNS = {
+_TYPES = {
     "network": "TEXT",
     "dataset": "TEXT",
     "storage": "TEXT",
@@ -33,7 +33,8 @@ COLUMNS = {
     "loss": "REAL",
     "accuracy": "REAL",
 }
-_TYPED = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+COLUMNS = list(_TYPES)
+_TYPED = ", ".join(f"{name} {kind}" for name, kind in _TYPES.items())
 _SCHEMA = [  # in the order of the names
     "CREATE TABLE campaign (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
     f"CREATE TABLE trials ({_TYPED}, checksum TEXT, PRIMARY KEY (probability, trial, repair)) WITHOUT ROWID",
@@ -100,7 +101,8 @@ def opened(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> Iter
     held = ResultsError(f"{path}: another process is writing this file; wait for it, or name another file")
     with only_one(path.with_name(f"{path.name}.lock"), held):
         if not path.exists():
-            # SQLite would take a journal that a deleted file has left behind for that of the new one.
+            # SQLite would take a journal that a deleted file has left behind for that of the new one, and roll back
+            # pages that the new one never had. See sqlite.org/howtocorrupt.html, of files and journals that part.
             path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
             write_beside(path, partial(_create, fingerprint=fingerprint))
         try:
@@ -171,8 +173,7 @@ def _verified(path: Path, connection: sqlite3.Connection, fingerprint: Mapping[s
         raise ResultsError(f"{path}: is of another campaign: {'; '.join(differing)}")
     key = _key(fingerprint)
     for row, (*_, checksum) in zip(rows, lines, strict=True):
-        if row["loss"] is None:
-            row["loss"] = math.nan
+        row |= {name: math.nan for name in ("loss", "accuracy") if row[name] is None}  # SQLite has no NaN
         if _checksum(row, key) != checksum:
             raise _damaged(path, f"a row does not have its checksum: {row}")
     return rows
