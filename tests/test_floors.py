@@ -21,7 +21,6 @@ def module_of(path):
 
 
 MODULES = {module: path for path in sorted(PACKAGE.rglob("*.py")) if (module := module_of(path))}
-MODULES.pop("tutorial", None)  # of the course, not of the library
 
 
 def imports(path):
