@@ -24,7 +24,7 @@ from bnn_utils.recipe import Recipe
 from bnn_utils.repair import REPAIRS
 from bnn_utils.report import check_picture, described, draw, print_epoch, published_form, stopping
 from bnn_utils.runs import BEST_FILE, check_run, only_run, started
-from bnn_utils.system import keep_freed_memory
+from bnn_utils.system import fastest_precision, keep_freed_memory
 from bnn_utils.training import STATE_FILE, state_facts, train
 
 UNREAD = 141  # 128 and the number of SIGPIPE
@@ -46,7 +46,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting of a recipe."""
     for setting in dataclasses.fields(Recipe):
         told, kind = setting.metadata, type(setting.default)
-        how: dict[str, Any] = dict(type=kind, choices=told["choices"], metavar=told.get("metavar"))
+        choices = (*told["choices"], told["also"]) if "also" in told else told["choices"]
+        how: dict[str, Any] = dict(type=kind, choices=choices, metavar=told.get("metavar"))
         flag = told.get("flag", "--" + setting.name.replace("_", "-"))
         how = {"action": "store_true"} if kind is bool else how
         parser.add_argument(flag, dest=setting.name, default=setting.default, help=told["help"], **how)
@@ -78,12 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shortcut", choices=SHORTCUTS, help="of the published ResNet, or none")
     other = "train the float network of the same shape, such as a teacher"
     sub.add_argument("--float", dest="binary", action="store_false", help=other)
-    sub.add_argument(
-        "--teacher", metavar="CHECKPOINT", type=_PATH, help="train to follow this network's outputs too (distillation)"
-    )
-    sub.add_argument(
-        "--start", metavar="CHECKPOINT", type=_PATH, help="start from these weights instead of random ones"
-    )
+    sub.add_argument("--teacher", metavar="CHECKPOINT", type=_PATH, help="follow this network's outputs (distillation)")
+    sub.add_argument("--start", metavar="CHECKPOINT", type=_PATH, help="start from these weights, not from random ones")
     sub.add_argument("--resume", nargs="?", const="", metavar="PATH", type=_PATH, help="go on with an interrupted run")
     sub.add_argument("--overwrite", action="store_true", help="replace a run that is in the folder")
     sub.set_defaults(run=_train)
@@ -180,7 +177,11 @@ def _check_binarized(path: str, model: nn.Module) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recipe)})
+    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recipe)}
+    if settings["precision"] == "auto":
+        settings["precision"] = fastest_precision(arguments.device)
+        print(f"precision: {settings['precision']}")
+    recipe = Recipe(**settings)
     folder = Path(arguments.results_dir) / (arguments.save or arguments.model)
     resume = arguments.resume is not None
     if arguments.resume:

@@ -27,7 +27,8 @@ def _setting(
         default: of the setting; its type is the flag's.
         allowed: which numbers, or which words, it may be; None for any.
         help: what the command line says of it.
-        more: metavar, as argparse has it; flag, where that is not named as the field is.
+        more: metavar, as argparse has it; flag, where that is not named as the field is; also, a word that the command
+            line takes and turns into one of those allowed.
     """
     numbers, choices = (allowed, None) if isinstance(allowed, Allowed) else (None, allowed)
     return field(default=default, metadata={"allowed": numbers, "choices": choices, "help": help, **more})
@@ -82,7 +83,9 @@ class Recipe:
     lr: float = _setting(5e-3, POSITIVE, "falls to 1e-5 along a cosine")
     weight_decay: float = _setting(0.0, Allowed("be zero or a positive number", lambda x: 0 <= x < math.inf))
     optimizer: str = _setting("adam", ("adam", "sgd"))
-    precision: str = _setting("float32", ("float32", "bfloat16"), "of training's arithmetic")
+    precision: str = _setting(
+        "float32", ("float32", "bfloat16"), "of training's arithmetic; auto: the fastest on this processor", also="auto"
+    )
     seed: int = _setting(0, Allowed("lie in [0, 2**64)", lambda x: 0 <= x < 2**64))  # torch takes no more
     damage_rate: float = _setting(
         0.0,

@@ -45,6 +45,22 @@ def only_one(path: Path, held: Exception) -> Iterator[None]:
         lock.release()
 
 
+def fastest_precision(device: str) -> str:
+    """Return in which precision training is fastest: "bfloat16" where the processor multiplies such numbers.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ..., or "auto", a GPU if there is one.
+    """
+    if device != "cpu" and torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    try:
+        from llvmlite import binding  # it comes with Numba
+    except ImportError:
+        return "float32"
+    features = binding.get_host_cpu_features()
+    return "bfloat16" if any(features.get(name) for name in ("amx-bf16", "avx512bf16", "bf16")) else "float32"
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch compute with one thread, in this Python thread and in those that are started meanwhile."""

@@ -34,6 +34,7 @@ from bnn_utils.models import build, resnet_binary, vgg_cifar10_binary
 from bnn_utils.packed import pack
 from bnn_utils.repair import REPAIRS
 from bnn_utils.report import published_form
+from bnn_utils.system import fastest_precision
 from bnn_utils.training import Recipe, train
 
 ROOT = Path(cli.__file__).parents[1]
@@ -213,6 +214,15 @@ def test_train_with_shortcuts_of_each_kind(tmp_path, capsys, word, meant):
     assert run([*arguments, *options]) == 0
     model, facts = checkpoints.load(tmp_path / "run/best.safetensors")
     assert model.config["shortcut"] == facts["config"]["shortcut"] == meant
+
+
+def test_train_in_the_fastest_precision_tells_which_it_is(tmp_path, capsys):
+    options = dict(model="resnet_bireal", dataset="digits", width=0.02, epochs=1, precision="auto", save="run")
+    arguments = ["train", *(f"--{name}={value}" for name, value in options.items())]
+    assert run([*arguments, "--device", "cpu", "--batch-size", 512, "--results-dir", tmp_path]) == 0
+    chosen = fastest_precision("cpu")
+    assert capsys.readouterr().out.splitlines()[0] == f"precision: {chosen}"
+    assert checkpoints.load(tmp_path / "run/best.safetensors")[1]["recipe"]["precision"] == chosen
 
 
 def test_name_of_the_model_is_the_default_folder(tmp_path, monkeypatch, capsys):
