@@ -961,7 +961,9 @@ def looks_by_hand(table, until, least, most, repairs):
     n = min(least, most)
     while True:
         own = table[table["trial"] < n]
-        half = max(campaign.bounded_interval(own[own["repair"] == repair]["accuracy"])[1] for repair in repairs)
+        half = max(
+            campaign.schedule.bounded_interval(own[own["repair"] == repair]["accuracy"])[1] for repair in repairs
+        )
         if half <= until or n == most:
             return n
         n = min(max(math.ceil(1.1 * n * (half / until) ** 2), n + 1), 2 * n, most)
