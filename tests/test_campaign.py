@@ -878,7 +878,7 @@ def test_only_results_files_are_resumed(model, images, tmp_path):
         (dict(storage="packed"), "storage: float32 there, packed here"),
         (dict(repairs=("none",)), "repairs: none, clip there, none here"),
         (dict(repairs=("clip", "none")), "repairs: none, clip there, clip, none here"),
-        (dict(targets=("weights",)), "targets: weights, biases, bn_scale, .* there, weights here"),
+        (dict(targets=("weights",)), "targets: weights, float_weights, biases, .* there, weights here"),
         (dict(error="stuck-at-0"), "error: zero_to_one 1.0, .* there, zero_to_one 0.0, .* here; injection: "),
         (dict(error=ErrorModel("", "", length=2)), "error: .*length 1.* there, .*length 2.* here; injection: "),
         ("weight", "network's SHA-256: .* here$"),
