@@ -1,8 +1,9 @@
-"""Images as tensors: digits that ship with scikit-learn, torchvision's sets, or a folder of pictures."""
+"""Images as tensors: digits, a sample of CIFAR-10 that ships here, torchvision's sets, or a folder of pictures."""
 
 import os
 import re
 import unicodedata
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -232,6 +233,33 @@ def digits() -> Dataset:
     )
 
 
+SAMPLE = Path(__file__).with_name("cifar10-sample.zip")
+
+
+def cifar10_sample() -> Dataset:
+    """Return 1,000 test images of CIFAR-10, 100 a class, that come with this package as lossy JPEG files.
+
+    They are for networks that are trained: the other parts are empty. They are normalized by the mean and std of the
+    45,000 training images of the same copy of CIFAR-10, on which the networks in checkpoints/ were trained.
+
+    Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+    """
+    from PIL import Image
+
+    with zipfile.ZipFile(SAMPLE) as archive:
+        names = sorted(name for name in archive.namelist() if name.startswith("test/"))
+        pictures = [np.asarray(Image.open(archive.open(name)).convert("RGB")) for name in names]
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(names))
+    pixels = torch.from_numpy(np.stack(pictures)[order]).permute(0, 3, 1, 2).contiguous()
+    classes = _PUBLISHED["cifar10"].classes
+    labels = torch.tensor([classes.index(names[i].split("/")[1]) for i in order])
+    mean = (0.49145407576145783, 0.4823889152947957, 0.44688976587516016)
+    std = (0.2450827000580322, 0.24273598689391118, 0.26067803599664)
+    images = Images(pixels, labels, mean, std, "CIFAR-10 (JPEG)", classes)
+    none = replace(images, pixels=pixels[:0].clone(), labels=labels[:0].clone())
+    return Dataset(none, none, images, 4, True)
+
+
 def _decode(path: Path) -> np.ndarray:
     """Return a picture as people see it, uint8 (height, width, 3); refuse one of which that is not certain.
 
@@ -450,7 +478,7 @@ def _torchvision(published: _Published, path: Path, download: bool) -> Dataset:
     return _assemble(raw(train), raw(test), validation, published.title, classes, published.padding, published.flip)
 
 
-DATASETS = ("digits", *_PUBLISHED, "images")
+DATASETS = ("digits", "cifar10-sample", *_PUBLISHED, "images")
 
 
 def load(name: str, path: str | os.PathLike[str] | None = None, *, download: bool = True) -> Dataset:
@@ -459,7 +487,8 @@ def load(name: str, path: str | os.PathLike[str] | None = None, *, download: boo
     Args:
         name: one of DATASETS; "images" is any folder of pictures, see `image_folder`.
         path: where the data lies, ~ for the home folder: torchvision's layout (downloaded if absent), or
-            train/<class>/ and test/<class>/ pictures of the set's own classes. Not needed for digits.
+            train/<class>/ and test/<class>/ pictures of the set's own classes. Not needed for digits and
+            cifar10-sample, see `digits` and `cifar10_sample`.
         download: fetch what is absent.
 
     Raises:
@@ -469,6 +498,8 @@ def load(name: str, path: str | os.PathLike[str] | None = None, *, download: boo
         raise DataError(f"unknown dataset {name!r}, expected one of {', '.join(DATASETS)}")
     if name == "digits":
         return digits()
+    if name == "cifar10-sample":
+        return cifar10_sample()
     if path is None:
         raise DataError(f"{name}: say where the pictures lie, or shall be downloaded to, with --data-path")
     root = Path(os.path.expanduser(path))

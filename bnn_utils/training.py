@@ -309,6 +309,8 @@ def train(
         raise ValueError(f"teacher_share {recipe.teacher_share} needs a teacher, got none")
     if recipe.damage_rate and not binarized_weights(model):
         raise ValueError(f"damage_rate {recipe.damage_rate} flips binarized weights, and this network has none")
+    if not len(data.train):
+        raise ValueError(f"{data.name}: has no training images")
     data.train.check_trained(trained_on(model))
     if teacher is not None:
         data.train.check_trained(trained_on(teacher))

@@ -1,8 +1,10 @@
 """Images as tensors: parts, normalization, augmentation, folders of pictures, torchvision's sets, bad input."""
 
 import pickle
+import shutil
 import struct
 import urllib.request
+import zipfile
 import zlib
 from collections import Counter
 from itertools import product
@@ -18,7 +20,8 @@ from PIL import Image
 from scipy.stats import binom
 from sklearn.datasets import load_digits
 
-from bnn_utils.data import DataError, augment, image_folder, load
+from bnn_utils import checkpoints, models, training
+from bnn_utils.data import SAMPLE, DataError, augment, image_folder, load
 
 PARTS = ("train", "validation", "test")
 
@@ -653,3 +656,36 @@ def test_a_file_of_mnist_that_is_cut_short_is_told_as_such(tmp_path):
     with pytest.raises(DataError, match=r"raw cannot be used, cut short or changed") as caught:
         load("mnist", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- the sample of CIFAR-10
+
+
+def test_sample_is_100_test_images_a_class_as_the_shipped_networks_want_them():
+    sample = load("cifar10-sample")
+    assert sample.test.pixels.shape == (1000, 3, 32, 32) and sample.test.pixels.dtype == torch.uint8
+    assert sample.test.labels.bincount().tolist() == [100] * 10
+    assert len(sample.train) == len(sample.validation) == 0
+    facts = checkpoints.pretrained("vgg_cifar10")[1]
+    sample.test.check_trained(facts)
+    assert sample.name == facts["dataset"]
+
+
+def test_sample_labels_are_those_of_the_folders(tmp_path):
+    """Read as a folder of pictures, the files give the same images and labels, in another order."""
+    with zipfile.ZipFile(SAMPLE) as archive:
+        archive.extractall(tmp_path)
+    shutil.copytree(tmp_path / "test", tmp_path / "train")
+    folder = load("cifar10", tmp_path).test
+    sample = load("cifar10-sample").test
+
+    def content(images):
+        return sorted((int(label), image.numpy().tobytes()) for image, label in zip(images.pixels, images.labels))
+
+    assert content(sample) == content(folder)
+
+
+def test_sample_cannot_be_trained_on():
+    sample = load("cifar10-sample")
+    with pytest.raises(ValueError, match="no training images"):
+        training.train(models.resnet_binary(width=0.05), sample)
