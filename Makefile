@@ -23,7 +23,7 @@ help:
 	@echo "make benchmark   measure inference, kernel, injection, sweep, training into benchmarks/results/ (on an idle machine)"
 	@echo "make clean       remove what runs have made (not $(VENV))"
 	@echo
-	@echo "Settings: PROFILE=quick|cifar10|full   PYTHON=python3   VENV=.venv"
+	@echo "Settings: PROFILE=quick|full   PYTHON=python3   VENV=.venv"
 
 # The stamp is written last, so that an installation that stopped half way starts again.
 $(STAMP): pyproject.toml
@@ -37,7 +37,7 @@ notebooks: $(STAMP)
 	@$(RUN) tools/notebooks.py run --profile "$(PROFILE)"
 
 publish: $(STAMP)
-	@$(RUN) tools/notebooks.py publish --profile "$(PROFILE)"
+	@$(RUN) tools/notebooks.py publish
 	@$(RUN) -m tools.networks
 
 benchmark: $(STAMP)
@@ -69,6 +69,6 @@ soak: $(STAMP)
 	$(RUN) -m pytest -m soak
 
 clean:
-	rm -rf executed figures/quick figures/cifar10 figures/full build *.egg-info
+	rm -rf executed figures/quick figures/full build *.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find bnn_utils notebooks tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -28,6 +28,8 @@ OPENING = """\
 
 A line is drawn | here. It is short.
 
+**The course:** not drawn.
+
 **Time:** not measured."""
 
 
@@ -67,18 +69,6 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def test_a_profile_may_have_some_of_the_notebooks(tmp_path):
-    for name in ("01_one.ipynb", "05_five.ipynb", "06_six.ipynb"):
-        save(tmp_path, name, "1 + 1")
-
-    def names(*given):
-        return [path.name[:2] for path in tool.find_notebooks(tmp_path, *given)]
-
-    assert names() == names(None, ()) == ["01", "05", "06"]
-    assert names(None, ("05",)) == names([], ("05",)) == ["05"]
-    assert names(["06", "01"], ("05",)) == ["01", "06"]  # who names one, gets it
-
-
 def test_run_and_publish(course):
     before = files(course)
     done = command(course, "run")
@@ -93,26 +83,23 @@ def test_run_and_publish(course):
     row = (course / "executed/quick/run.csv").read_text().splitlines()[1].split(",")
     assert (row[0], row[3], row[4]) == ("01_line.ipynb", "3", "1")
 
-    stale = course / "figures/published/quick/01-old.png"
+    stale = course / "figures/published/01-old.png"
     stale.parent.mkdir(parents=True)
     stale.write_text("")
     other = stale.with_name("02-other.png")
     other.write_text("")
-    wider = course / "figures/published/full/01-line.png"  # of another profile, in which it is published no longer
-    wider.parent.mkdir()
-    wider.write_text("")
     done = command(course, "publish", "01")
     assert done.returncode == 0, done.stderr
-    assert not wider.exists()
     published = {path.name for path in stale.parent.iterdir()}
     assert published == {"01-line.png", "01-line.svg", "01-line.csv", "02-other.png"}
     notebook = json.loads((course / "notebooks/01_line.ipynb").read_text())
-    assert "**Time:** under a minute on " in "".join(notebook["cells"][0]["source"])
+    opening = "".join(notebook["cells"][0]["source"])
+    assert "**Time:** under a minute on " in opening and "**The course:** **01 A line (you are here)**" in opening
     assert notebook["cells"][2]["outputs"] and notebook["cells"][2]["metadata"] == {}
     assert notebook["metadata"]["language_info"] == {"name": "python"}
     readme = (course / "README.md").read_text()
     assert "| 01 | [A line](notebooks/01_line.ipynb) | A line is drawn \\| here. | < 1 |" in readme
-    assert "![A line](figures/published/quick/01-line.png)" in readme and "Not made" not in readme
+    assert "![A line](figures/published/01-line.png)" in readme and "Not made" not in readme
     assert "old" not in readme and readme.endswith("the end\n")
     once = files(course)
     assert command(course, "readme").returncode == 0
@@ -190,6 +177,41 @@ def test_a_bad_cell_stops_the_others_too(tmp_path):
     assert not list(tmp_path.glob("executed/quick/*.ipynb")) and not (tmp_path / "notebooks/ran").exists()
 
 
+EXERCISE = """\
+How much is 1 + 1?
+
+<details><summary>Solution</summary>
+
+```python
+answer = {answer}
+```
+
+</details>"""
+CHECK = """\
+from IPython.display import Markdown
+check = lambda answer: Markdown("**Right.**" if answer == 2 else "**Not yet.**")
+answer = ...
+check(answer)"""
+
+
+@pytest.mark.parametrize(("answer", "status"), [(2, 0), (3, 1)])
+def test_solutions_are_held_against_their_checks(tmp_path, answer, status):
+    path = save(tmp_path, "01_exercise.ipynb", CHECK, opening=EXERCISE.format(answer=answer))
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].metadata["tags"] = ["exercise"]
+    nbformat.write(notebook, path)
+    assert command(tmp_path, "run").returncode == 0  # a reader's run leaves the exercises open
+    done = command(tmp_path, "run", "--solve")
+    assert done.returncode == status
+    assert ("refuses its solution" in done.stderr) == bool(status)
+
+
+def test_the_course_map_leads_to_the_other_notebooks(tmp_path):
+    paths = [save(tmp_path, f"0{i}_n.ipynb", "1", opening=f"# 0{i}. Title {i}") for i in (1, 2, 3)]
+    links = "[01 Title 1](01_n.ipynb) → **02 Title 2 (you are here)** → [03 Title 3](03_n.ipynb)"
+    assert tool.course_map(tmp_path, paths[1]) == f"**The course:** {links}"
+
+
 def test_publish_refuses_a_large_notebook(tmp_path):
     path = save(tmp_path, "01_large.ipynb", "print('x' * 1_000_000)")
     before = path.read_bytes()
@@ -261,4 +283,4 @@ def test_origin(tmp_path, url, found):
 )
 def test_time_line(seconds, words, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert tool.time_line(seconds) == f"**Time:** {words} on 2 CPU cores (quick profile)."
+    assert tool.time_line(seconds) == f"**Time:** {words} on 2 CPU cores."

@@ -1,6 +1,5 @@
 """What a notebook's first cell gives: profile, paths, networks of the right size, figures whole or not at all."""
 
-import hashlib
 import io
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -107,6 +106,7 @@ def test_networks_have_the_size_of_the_profile():
 
 def test_the_full_profile_is_the_published_size_and_recipe():
     full = PROFILES["full"]
+    assert full.images == "cifar10" and not full.pretrained
     assert (full.dataset, full.vgg_width, full.resnet_width) == ("cifar10", 1.0, 1.0)
     assert full.recipe == Recipe(epochs=100, batch_size=256, lr=5e-3, weight_decay=0.0, optimizer="adam")
 
@@ -132,142 +132,93 @@ def test_networks_start_from_the_seed():
     assert not torch.equal(one["conv1.weight"], another["conv1.weight"])
 
 
-def test_dataset_and_trained(monkeypatch):
+# Networks and trials that ship
+
+
+def test_images_are_those_that_the_shipped_networks_know():
     settings = start()
-    assert settings.dataset().name == "digits"
-    recipe = Recipe(epochs=1, batch_size=512)
-    settings = replace(settings, sizes=replace(settings.sizes, recipe=recipe, vgg_width=0.02))
-    dataset = settings.dataset()
-    trainings = []
-    monkeypatch.setattr(tutorial, "train", lambda *given: (trainings.append(given), train(*given)))
-    one, other = (settings.trained("vgg_cifar10_binary", dataset) for _ in range(2))
-    assert not one.training and not other.training and len(trainings) == 1  # the second is the first, kept
-    untrained = settings.network("vgg_cifar10_binary", dataset).state_dict()
-    for name, value in one.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name]), name
-    assert not torch.equal(one.state_dict()["features.3.weight"], untrained["features.3.weight"])
-    for changed in (
-        replace(settings, seed=1),
-        replace(settings, sizes=replace(settings.sizes, recipe=replace(recipe, lr=1e-4))),
-        replace(settings, sizes=replace(settings.sizes, vgg_width=0.03)),
-    ):
-        other = changed.trained("vgg_cifar10_binary", dataset)  # of another training, so nothing kept is of use
-        assert not torch.equal(
-            other.state_dict()["features.3.weight"].flatten()[:9], one.features[3].weight.flatten()[:9]
-        )
-    assert len(trainings) == 4
-    (settings.networks / "vgg_cifar10_binary.safetensors").write_bytes(b"broken")
-    again = settings.trained("vgg_cifar10_binary", dataset)
-    assert torch.equal(again.features[3].weight, one.features[3].weight)
+    assert settings.dataset().name == "digits" == settings.drawn_from
+    images = settings.images()
+    assert len(images) == 1000 and settings.drawn_from == "1,000 test images of CIFAR-10 (JPEG)"
+    for folder in checkpoints.PRETRAINED.glob("*/"):
+        images.check_trained(checkpoints.pretrained(folder.name)[1])
 
 
-# Networks and trials that are there already
+def test_shipped_networks_are_loaded():
+    network = start().trained("vgg_cifar10")
+    assert network.name == "vgg_cifar10_binary" and not network.training
+    assert network.features[3].weight.abs().eq(1).all()
 
 
-@pytest.mark.parametrize(("name", "width"), [("vgg_cifar10_binary", "vgg_width"), ("resnet_binary", "resnet_width")])
-def test_the_cifar10_profile_is_of_the_shipped_networks(name, width):
-    profile, (model, facts) = PROFILES["cifar10"], checkpoints.pretrained(tutorial.SHIPPED[name])
-    assert model.name == name and model.config["width"] == getattr(profile, width)
-    assert facts["dataset"].startswith("CIFAR-10") and facts["recipe"]["lr"] == profile.recipe.lr
+def test_shipped_trials_are_read():
+    settings, path = start(), checkpoints.PRETRAINED / "vgg_cifar10" / "damage-packed.csv"
+    table = settings.sweep("vgg_cifar10", "damage-packed", [1e-2], ["vote5-few-range"])
+    every = pd.read_csv(path)
+    wanted = every.query("repair == 'vote5-few-range' and probability == 0.01").reset_index(drop=True)
+    assert len(wanted) == 50
+    pd.testing.assert_frame_equal(table, wanted)
+    for probabilities, repairs in (([1e-3], ["vote5-few-range"]), ([1e-2], ["vote5-few-range", "clip"])):
+        with pytest.raises(ValueError, match="no trials"):
+            settings.sweep("vgg_cifar10", "damage-packed", probabilities, repairs)
+    with pytest.raises(ValueError, match="no trials"):
+        settings.sweep("vgg_cifar10", "damage-packed", [1e-2], ["vote5-few-range"], storage="float32")
 
 
 @pytest.fixture
-def shipped(monkeypatch, tmp_path):
-    """Settings whose pretrained VGG and its trials lie in a folder of our own; the images are digits."""
-    settings = start()
-    sizes = replace(settings.sizes, pretrained=True, trials=3, vgg_width=0.02)
-    settings, dataset = replace(settings, sizes=sizes), settings.dataset()
-    network = settings.network("vgg_cifar10_binary", dataset).eval()
-    folder = tmp_path / "checkpoints" / "vgg_cifar10"
-    folder.mkdir(parents=True)
-    checkpoints.save_packed(folder / "network.safetensors", network, mean=[0.25], std=[0.5])
-    digest = hashlib.sha256((folder / "network.safetensors").read_bytes()).hexdigest()
-    (folder.parent / "SHA256SUMS").write_text(f"{digest}  vgg_cifar10/network.safetensors\n")
-    monkeypatch.setattr(checkpoints, "PRETRAINED", folder.parent)
-    network, images = settings.trained("vgg_cifar10_binary", dataset), settings.dataset().test
-    table = campaign.run(network, images, [1e-4, 1e-2, 1e-1], 4, repairs=["none", "clip"], seed=settings.seed)
-    table.to_csv(folder / "damage-float32.csv", index=False)
-    return settings, folder, table
+def small(monkeypatch):
+    """Settings that train, on digits, what they would otherwise take from checkpoints/."""
+    settings, digits = start(), data.digits()
+    facts = checkpoints.pretrained("vgg_cifar10_errors")[1]
+    monkeypatch.setattr(data, "load", lambda *_: digits)
+    shipped = checkpoints.pretrained("vgg_cifar10_errors")[0]
+    facts = {"recipe": facts["recipe"]}  # digits fit no other fact
+    monkeypatch.setattr(checkpoints, "pretrained", lambda name: (shipped, facts))
+    recipe = Recipe(epochs=1, batch_size=512)
+    sizes = replace(settings.sizes, pretrained=False, recipe=recipe, vgg_width=0.02, trials=2)
+    return replace(settings, sizes=sizes)
 
 
-def test_pretrained_networks_are_loaded_and_see_their_normalization(shipped, monkeypatch):
-    settings, _, _ = shipped
-    monkeypatch.setattr(tutorial, "train", None)
-    dataset = settings.dataset()
-    assert dataset.test.mean == dataset.train.mean == (0.25,) and dataset.test.std == (0.5,)
-    network = settings.trained("vgg_cifar10_binary", dataset)
-    assert not network.training and network.features[3].weight.abs().eq(1).all()
-    assert settings.ablation_data().name == "digits"
+def test_without_shipped_networks_they_are_trained_once_and_kept(small, monkeypatch):
+    trainings = []
+    monkeypatch.setattr(tutorial, "train", lambda *given: (trainings.append(given), train(*given)))
+    one, other = (small.trained("vgg_cifar10_errors") for _ in range(2))
+    assert not one.training and len(trainings) == 1
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert trainings[0][2].damage_rate == 0.03 and trainings[0][2].epochs == 1
+    changed = replace(small, sizes=replace(small.sizes, recipe=replace(small.sizes.recipe, lr=1e-4)))
+    changed.trained("vgg_cifar10_errors")
+    assert len(trainings) == 2
+    (small.networks / "vgg_cifar10_errors.safetensors").write_bytes(b"broken")
+    small.trained("vgg_cifar10_errors")
+    assert len(trainings) == 3
 
 
-def test_a_sweep_is_read_and_checked(shipped, capsys):
-    settings, folder, table = shipped
-    network, images = settings.trained("vgg_cifar10_binary", settings.dataset()), settings.dataset().test
-    read = settings.sweep(network, images, [1e-4, 1e-2], ["none", "clip"])
-    wanted = table[(table["probability"] < 0.1) & (table["trial"] < 3)].reset_index(drop=True)
-    pd.testing.assert_frame_equal(read, wanted)
-    assert capsys.readouterr().out == "12 trials read from checkpoints/vgg_cifar10, 4 computed anew: they agree\n"
-    pd.testing.assert_frame_equal(settings.sweep(network, images, [1e-4, 1e-3, 1e-2], ["none", "clip"]), wanted)
-    for probabilities, repairs in (([1e-3], ["none"]), ([1e-4], ["none", "range"])):
-        with pytest.raises(ValueError, match="not all trials"):
-            settings.sweep(network, images, probabilities, repairs)
-    first = (table["trial"] == 0) & (table["probability"] == 1e-2)
-    table.assign(accuracy=table["accuracy"].where(~first, table["accuracy"] + 1e-3)).to_csv(
-        folder / "damage-float32.csv", index=False
-    )
-    with pytest.raises(ValueError, match="computed anew differ"):
-        settings.sweep(network, images, [1e-4, 1e-2], ["none", "clip"])
+def test_without_shipped_networks_a_sweep_is_run(small):
+    table = small.sweep("vgg_cifar10_errors", "no-file", [1e-2], ["range"])
+    network = small.trained("vgg_cifar10_errors")
+    how = dict(storage="packed", repairs=["range"], seed=small.seed)
+    pd.testing.assert_frame_equal(table, campaign.run(network, small.images(), [1e-2], 2, **how))
 
 
-def test_a_sweep_of_another_table_storage_and_number_of_trials(shipped, capsys):
-    settings, folder, table = shipped
-    network, images = settings.trained("vgg_cifar10_binary", settings.dataset()), settings.dataset().test
-    how = dict(storage="packed", repairs=["none", "range"], seed=settings.seed)
-    packed = campaign.run(network.cpu(), images, [1e-2], 4, **how)
-    pd.concat([table, packed]).to_csv(folder / "damage-repairs.csv", index=False)
-    chosen = dict(storage="packed", trials=2, shipped="damage-repairs")
-    read = settings.sweep(network, images, [1e-2], ["none", "range"], **chosen)
-    pd.testing.assert_frame_equal(read, packed[packed["trial"] < 2].reset_index(drop=True))
-    assert capsys.readouterr().out == "4 trials read from checkpoints/vgg_cifar10, 2 computed anew: they agree\n"
-    with pytest.raises(ValueError, match="not all trials"):
-        settings.sweep(network, images, [1e-2], ["none", "range"], **chosen | dict(trials=5))
+# Sliders
 
 
-def test_rounding_may_move_an_image_but_no_flip(shipped):
-    settings, folder, table = shipped
-    network, images = settings.trained("vgg_cifar10_binary", settings.dataset()), settings.dataset().test
-    for column, by, agrees in (("accuracy", 4e-4, True), ("accuracy", 6e-4, False), ("flips", 1, False)):
-        table.assign(**{column: table[column] + by}).to_csv(folder / "damage-float32.csv", index=False)
-        if agrees:
-            assert len(settings.sweep(network, images, [1e-4], ["none"])) == 3
-        else:
-            with pytest.raises(ValueError, match="computed anew differ"):
-                settings.sweep(network, images, [1e-4], ["none"])
+def test_without_a_reader_only_the_first_picture_is_drawn(monkeypatch):
+    monkeypatch.setenv("BNN_STATIC", "1")
+    drawn = []
+    tutorial.explore(drawn.append, "p", [1e-4, 1e-2], start=1)
+    assert drawn == [1e-2]
 
 
-def test_on_other_images_a_sweep_is_held_against_the_spread(shipped):
-    settings, folder, table = shipped
-    network, images = settings.trained("vgg_cifar10_binary", settings.dataset()), settings.dataset().test
-    for off, agrees in ((0.04, True), (0.4, False)):
-        moved = table.assign(dataset="others", accuracy=table["accuracy"] + off)
-        moved.to_csv(folder / "damage-float32.csv", index=False)
-        if agrees:
-            assert len(settings.sweep(network, images, [1e-4], ["none"])) == 3
-        else:
-            with pytest.raises(ValueError, match="computed anew differ"):
-                settings.sweep(network, images, [1e-4], ["none"])
-
-
-def test_without_pretrained_networks_a_sweep_is_computed():
-    settings = start()
-    settings = replace(settings, sizes=replace(settings.sizes, trials=2))
-    dataset = settings.dataset()
-    network, images = settings.network("vgg_cifar10_binary", dataset, width=0.02), dataset.test.limit(50)
-    table = settings.sweep(network, images, [1e-2], ["none"])
-    pd.testing.assert_frame_equal(table, campaign.run(network, images, [1e-2], 2, repairs=["none"], seed=settings.seed))
-    table = settings.sweep(network, images, [1e-2], ["range"], storage="packed", trials=3)
-    how = dict(storage="packed", repairs=["range"], seed=settings.seed)
-    pd.testing.assert_frame_equal(table, campaign.run(network, images, [1e-2], 3, **how))
+def test_a_slider_draws_again_as_it_moves(monkeypatch):
+    monkeypatch.delenv("BNN_STATIC", raising=False)
+    shown, drawn = [], []
+    monkeypatch.setattr(tutorial, "display", shown.append)
+    tutorial.explore(lambda p: drawn.append(p), "p", [1e-4, 1e-2])
+    (box,) = shown
+    box.children[0].value = 1e-2
+    assert drawn == [1e-4, 1e-2]
 
 
 # Figures
@@ -285,7 +236,7 @@ def test_a_figure_is_three_files(table):
     assert ElementTree.parse(files["05-accuracy-vs-probability.svg"]).getroot().tag.endswith("svg")
 
 
-@pytest.mark.parametrize(("source", "says"), [("", "digits, quick profile"), ("a benchmark", "a benchmark")])
+@pytest.mark.parametrize(("source", "says"), [("", "digits"), ("a benchmark", "a benchmark")])
 def test_a_figure_says_what_it_was_drawn_from(table, source, says):
     settings = start()
     settings.dataset()

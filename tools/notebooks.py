@@ -1,14 +1,15 @@
 """Run the course's notebooks, publish their outputs, and point their links at the repository.
 
-    python tools/notebooks.py run     [--profile quick] [--jobs N] [NOTEBOOK ...]
-    python tools/notebooks.py publish [--profile quick] [NOTEBOOK ...]
+    python tools/notebooks.py run     [--profile quick] [--jobs N] [--solve] [NOTEBOOK ...]
+    python tools/notebooks.py publish [NOTEBOOK ...]
     python tools/notebooks.py readme
     python tools/notebooks.py badges  [--repository OWNER/NAME]
 
-`run` writes executed copies and figures into ignored folders, several notebooks at a time. `publish` runs too, one
-notebook after another, then writes what it got into tracked files: outputs and measured minutes into notebooks/,
-figures into figures/published/, and gallery and reading order into README.md (`readme` writes only these). A NOTEBOOK
-is a number, a name or a path.
+`run` writes executed copies and figures into ignored folders, several notebooks at a time; with --solve it also gives
+every exercise its solution, and stops if its check refuses it. `publish` runs too, one notebook after another, in the
+quick profile, then writes what it got into tracked files: outputs and measured minutes into notebooks/, figures into
+figures/published/, and gallery and reading order into README.md (`readme` writes only these). A NOTEBOOK is a number, a
+name or a path.
 """
 
 import argparse
@@ -34,8 +35,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PROFILES = ("full", "cifar10", "quick")  # those of notebooks/course/tutorial.py, the most real first
-ONLY = {"cifar10": ("05", "06", "07", "08", "09")}  # of a profile in which not all notebooks hold
+PROFILES = ("full", "quick")  # those of notebooks/course/tutorial.py
 SUFFIXES = (".png", ".svg", ".csv")
 KERNEL_EXIT_SECONDS = 60  # killed earlier, a busy machine's kernel leaves temporary files, and complaints about them
 LARGEST_NOTEBOOK = 1_000_000  # bytes
@@ -70,6 +70,8 @@ COLAB = re.compile(rf"(https://colab\.research\.google\.com/github/){GITHUB}(/bl
 SETTING = re.compile(rf'^(Repository = "https://github\.com/){GITHUB}(")', re.MULTILINE)
 CITED = re.compile(rf'^(repository-code: "https://github\.com/){GITHUB}(")', re.MULTILINE)
 TIME = re.compile(r"^\*\*Time:\*\*.*$", re.MULTILINE)
+COURSE = re.compile(r"^\*\*The course:\*\*.*$", re.MULTILINE)
+SOLUTION = re.compile(r"<summary>Solution</summary>.*?```python\n(.*?)```", re.DOTALL)
 
 
 class Cancelled(Exception):
@@ -99,8 +101,8 @@ class Run:
 # ---------------------------------------------------------------- notebooks
 
 
-def find_notebooks(root: Path, wanted: list[str] | None = None, only: tuple[str, ...] = ()) -> list[Path]:
-    """The course's notebooks in order; with `wanted`, only those of these numbers, names or paths, else of `only`."""
+def find_notebooks(root: Path, wanted: list[str] | None = None) -> list[Path]:
+    """The course's notebooks in order; with `wanted`, only those of these numbers, names or paths."""
     every = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if not every:
         raise Stop(f"{root / 'notebooks'} has no notebooks named NN_name.ipynb", 2)
@@ -111,7 +113,7 @@ def find_notebooks(root: Path, wanted: list[str] | None = None, only: tuple[str,
         if not found:
             raise Stop(f"no notebook {word!r}; there are {', '.join(path.stem for path in every)}", 2)
         chosen.update(found)
-    return [path for path in every if (path in chosen if wanted else not only or path.name[:2] in only)]
+    return [path for path in every if not wanted or path in chosen]
 
 
 def read_notebook(path: Path) -> Any:
@@ -170,10 +172,10 @@ def first_line(text: str) -> str:
 # ---------------------------------------------------------------- run
 
 
-def run_all(root: Path, profile: str, wanted: list[str], output: Path, jobs: int = 1) -> list[Run]:
+def run_all(root: Path, profile: str, wanted: list[str], output: Path, jobs: int = 1, solve: bool = False) -> list[Run]:
     """Execute notebooks, `jobs` at a time, write their executed copies, print a table; a failing cell stops it all."""
     shutil.rmtree(networks_folder(output, profile), ignore_errors=True)  # what this run loads, this run has trained
-    paths = find_notebooks(root, wanted, ONLY.get(profile, ()))
+    paths = find_notebooks(root, wanted)
     together = "" if min(jobs, len(paths)) == 1 else f", {jobs} at a time"
     print(f"Running {count(len(paths), 'notebook')}, profile {profile}{together}", flush=True)
     started, stopped = time.monotonic(), threading.Event()
@@ -181,7 +183,7 @@ def run_all(root: Path, profile: str, wanted: list[str], output: Path, jobs: int
     def one(number: int, path: Path) -> Run:
         try:
             label = f"[{number}/{len(paths)}] {path.name:<36}"
-            run = execute(path, profile, output, label, stopped, min(jobs, len(paths)))
+            run = execute(path, profile, output, label, stopped, min(jobs, len(paths)), solve)
             write(output / "executed" / profile / path.name, notebook_text(run.notebook))
             return run
         except BaseException:
@@ -203,10 +205,12 @@ def run_all(root: Path, profile: str, wanted: list[str], output: Path, jobs: int
     return runs
 
 
-def execute(path: Path, profile: str, output: Path, label: str, stopped: threading.Event, jobs: int = 1) -> Run:
+def execute(
+    path: Path, profile: str, output: Path, label: str, stopped: threading.Event, jobs: int = 1, solve: bool = False
+) -> Run:
     """Execute one notebook, of `jobs` at a time, in a fresh kernel, whatever outputs the file holds.
 
-    Once `stopped` is set it gives up.
+    Once `stopped` is set it gives up. With `solve`, the solutions of its exercises are held against their checks.
     """
     notebook = read_notebook(path)
     cells = code_cells(notebook)
@@ -233,6 +237,11 @@ def execute(path: Path, profile: str, output: Path, label: str, stopped: threadi
                     raise Cancelled
                 progress(f"{label} {done:>3}/{len(cells)} cells")
                 run_cell(client, index, cell, path.name)
+            for index, source in solutions(notebook) if solve else []:
+                cell = nbformat.v4.new_code_cell(source)
+                run_cell(client, index, cell, path.name)
+                if "**Right.**" not in str(cell.outputs):
+                    raise Stop(f"{path.name}: the check of cell {index + 1} refuses its solution:\n    {cell.outputs}")
     except BaseException:
         progress("", end="")
         raise
@@ -257,6 +266,24 @@ def run_cell(client: NotebookClient, index: int, cell: Any, name: str) -> None:
         raise Stop(f"{name} stopped at cell {index + 1}: {first_line(cell.source)}\n    {first_line(problem)}")
 
 
+def solutions(notebook: Any) -> list[tuple[int, str]]:
+    """The exercises, each by the index of its cell, with the source of that cell as its solution writes it.
+
+    The solution is the Python code in the folded part of the text before the cell.
+    """
+    found = []
+    for index, cell in code_cells(notebook):
+        if "exercise" in cell.metadata.get("tags", []):
+            folded = re.search(
+                r"<summary>Solution</summary>.*?```python\n(.*?)```", notebook.cells[index - 1].source, re.S
+            )
+            if not folded:
+                raise Stop(f"the exercise in cell {index + 1} has no solution before it")
+            check = next(line for line in cell.source.splitlines() if line.startswith("check("))
+            found.append((index, f"{folded[1]}\n{check}"))
+    return found
+
+
 def noise(cell: Any) -> str | None:
     """What a cell's outputs hold that a committed notebook must not, in words; None if nothing."""
     for output in cell.outputs:
@@ -274,7 +301,7 @@ def kernel_environment(profile: str, output: Path, jobs: int = 1) -> dict[str, s
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     folders = {"BNN_FIGURES": str(output / "figures"), "BNN_NETWORKS": str(networks_folder(output, profile).parent)}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
-    return threads | environment | folders | {"BNN_PROFILE": profile, "TQDM_DISABLE": "1"}
+    return threads | environment | folders | {"BNN_PROFILE": profile, "BNN_STATIC": "1", "TQDM_DISABLE": "1"}
 
 
 def networks_folder(output: Path, profile: str) -> Path:
@@ -326,28 +353,30 @@ def count(number: int, noun: str) -> str:
 # ---------------------------------------------------------------- publish
 
 
-def publish(root: Path, profile: str, wanted: list[str]) -> None:
+def publish(root: Path, wanted: list[str]) -> None:
     """Run notebooks, then write their outputs, minutes and figures into tracked files."""
-    for path in find_notebooks(root, wanted, ONLY.get(profile, ())):
-        if not any(TIME.search(cell.source) for cell in opening(read_notebook(path))):
-            raise Stop(f"{path.name} has no line that starts with **Time:** before its first code cell")
-    runs = run_all(root, profile, wanted, root)
-    texts = {run.source: published_text(run, profile) for run in runs}
+    for path in find_notebooks(root, wanted):
+        for start in (TIME, COURSE):
+            if not any(start.search(cell.source) for cell in opening(read_notebook(path))):
+                words = start.pattern.strip("^.$").replace("\\", "")
+                raise Stop(f"{path.name} has no line that starts with {words} before its first code cell")
+    runs = run_all(root, "quick", wanted, root)
+    texts = {run.source: published_text(root, run) for run in runs}
     for run in runs:
-        publish_figures(root, profile, run.source)
+        publish_figures(root, run.source)
         write(run.source, texts[run.source])
     print(f"Published {count(len(runs), 'notebook')} and {count(sum(r.figures for r in runs), 'figure')}")
     refresh_readme(root)
 
 
-def published_text(run: Run, profile: str) -> str:
+def published_text(root: Path, run: Run) -> str:
     """An executed notebook as it goes into notebooks/; refused if it is too large or was edited meanwhile."""
     now = [cell.source for cell in read_notebook(run.source).cells]
     if now != [cell.source for cell in run.notebook.cells]:
         raise Stop(f"{run.source.name} was edited while it ran; nothing is published, run it again")
-    if profile == "quick":
-        for cell in opening(run.notebook):
-            cell.source = TIME.sub(time_line(run.seconds), cell.source)
+    for cell in opening(run.notebook):
+        cell.source = TIME.sub(time_line(run.seconds), cell.source)
+        cell.source = COURSE.sub(course_map(root, run.source), cell.source)
     text = notebook_text(run.notebook)
     size = len(text.encode())
     if size >= LARGEST_NOTEBOOK:
@@ -359,16 +388,32 @@ def time_line(seconds: float) -> str:
     """The opening's line on the measured time: minutes, understated by at most 15 seconds."""
     minutes = math.ceil((seconds - 15) / 60)
     words = "under a minute" if seconds < 45 else f"about {count(max(minutes, 1), 'minute')}"
-    return f"**Time:** {words} on {count(os.cpu_count() or 1, 'CPU core')} (quick profile)."
+    return f"**Time:** {words} on {count(os.cpu_count() or 1, 'CPU core')}."
 
 
-def publish_figures(root: Path, profile: str, notebook: Path) -> None:
-    """Copy a notebook's figures to figures/published/<profile>/; all others of it go, those of other profiles too."""
-    made, published = root / "figures" / profile, root / "figures" / "published" / profile
+def course_map(root: Path, here: Path) -> str:
+    """The opening's line of all notebooks, with links to the others."""
+    words = []
+    for path in find_notebooks(root):
+        name = f"{path.name[:2]} {title(path)}"
+        words.append(f"**{name} (you are here)**" if path.name == here.name else f"[{name}]({path.name})")
+    return f"**The course:** {' → '.join(words)}"
+
+
+def title(path: Path) -> str:
+    """A notebook's title, without its number."""
+    text = "\n\n".join(cell.source for cell in opening(read_notebook(path)))
+    found = re.search(r"^# +(?:\d+[.:]? +)?(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else path.stem
+
+
+def publish_figures(root: Path, notebook: Path) -> None:
+    """Copy a notebook's figures to figures/published/; all others of it go."""
+    made, published = root / "figures" / "quick", root / "figures" / "published"
     published.mkdir(parents=True, exist_ok=True)
-    fresh = {f"{figure}{suffix}" for figure in figures_of(root, profile, notebook) for suffix in SUFFIXES}
-    for old in published.parent.glob(f"*/{notebook.name[:2]}-*"):
-        if old.parent != published or old.name not in fresh:
+    fresh = {f"{figure}{suffix}" for figure in figures_of(root, "quick", notebook) for suffix in SUFFIXES}
+    for old in published.glob(f"{notebook.name[:2]}-*"):
+        if old.name not in fresh:
             old.unlink()
     for name in sorted(fresh):
         if not (made / name).exists():
@@ -407,8 +452,7 @@ def reading_order(root: Path) -> str:
     rows = ["| | Notebook | What it is about | Minutes |", "| --- | --- | --- | --- |"]
     for path in find_notebooks(root):
         text = "\n\n".join(cell.source for cell in opening(read_notebook(path)))
-        title = re.search(r"^# +(?:\d+[.:]? +)?(.+)$", text, re.MULTILINE)
-        link = f"[{title[1].strip() if title else path.stem}](notebooks/{path.name})"
+        link = f"[{title(path)}](notebooks/{path.name})"
         rows.append(f"| {path.name[:2]} | {link} | {cell_text(first_sentence(text))} | {minutes(text)} |")
     return "\n".join(rows)
 
@@ -448,16 +492,14 @@ def read_manifest(root: Path) -> list[dict[str, str]]:
 
 
 def gallery(root: Path) -> str:
-    """A two-column table of figures, each from the profile that it was published in."""
+    """A two-column table of figures."""
     tiles = []
     for row in read_manifest(root):
-        folders = [f"figures/published/{profile}" for profile in PROFILES]
-        found = [folder for folder in folders if (root / folder / f"{row['id']}.png").exists()]
-        if row["gallery"] == "1" and found:
-            file, profile = f"{found[0]}/{row['id']}", Path(found[0]).name
+        file = f"figures/published/{row['id']}"
+        if row["gallery"] == "1" and (root / f"{file}.png").exists():
             caption = cell_text(row["caption"].rstrip("."))
             links = f"[notebook {row['id'][:2]}](notebooks/{row['notebook']}), [numbers]({file}.csv)"
-            tiles.append(f"![{caption}]({file}.png)<br>{caption} ({profile} profile; {links})")
+            tiles.append(f"![{caption}]({file}.png)<br>{caption} ({links})")
     if not tiles:
         return "No figure is published yet."
     rows = ["| | |", "| --- | --- |"]
@@ -563,9 +605,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     run = commands.add_parser("run", help="execute notebooks; tracked files stay as they are")
     run.add_argument("--output", type=Path, help="where executed/ and figures/ go (default: the repository)")
     run.add_argument("--jobs", type=positive, help="notebooks at a time (default: 2; 1 in the full profile)")
-    both = (run, commands.add_parser("publish", help="execute notebooks and write their outputs back"))
-    for command in both:
-        command.add_argument("--profile", choices=sorted(PROFILES), default="quick")
+    run.add_argument("--profile", choices=PROFILES, default="quick")
+    run.add_argument("--solve", action="store_true", help="hold the exercises' solutions against their checks")
+    for command in (run, commands.add_parser("publish", help="execute notebooks and write their outputs back")):
         command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 05 (default: all)")
     commands.add_parser("readme", help="refresh README.md's tables from what is published")
     links = commands.add_parser("badges", help="write the repository's address everywhere")
@@ -581,9 +623,10 @@ def main(words: list[str] | None = None) -> int:
     try:
         if given.command == "run":
             jobs = given.jobs or (1 if given.profile == "full" else min(2, os.cpu_count() or 1))
-            run_all(root, given.profile, given.notebooks, (given.output or root).resolve(), jobs)
+            output = (given.output or root).resolve()
+            run_all(root, given.profile, given.notebooks, output, jobs, given.solve)
         elif given.command == "publish":
-            publish(root, given.profile, given.notebooks)
+            publish(root, given.notebooks)
         elif given.command == "readme":
             refresh_readme(root)
         else:

@@ -1,11 +1,11 @@
-"""What a notebook's first cell needs: profile, seed, style, paths, and `save_figure`."""
+"""What a notebook's first cell needs: profile, seed, style, networks and their shipped trials, figures, sliders."""
 
-import copy
+import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from IPython.display import display
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -21,71 +22,63 @@ from bnn_utils.models import build
 from bnn_utils.system import write_beside
 from bnn_utils.training import Recipe, train
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @dataclass(frozen=True)
 class Profile:
     """How large the course's experiments are.
 
     Attributes:
-        dataset: a name of `bnn_utils.data.DATASETS`.
-        vgg_width, resnet_width: of the networks of notebooks 02, 03 and 05.
+        dataset: on which notebooks 02 to 04 train, a name of `bnn_utils.data.DATASETS`.
+        images: on which notebooks 05 to 09 test, likewise.
+        vgg_width, resnet_width: of the networks that 02 and 03 train.
         recipe: how those are trained.
-        ablation_dataset, ablation_width, ablation_recipe: of the many small networks of notebooks 04 and 08.
-        ablation_seeds: networks trained at each of its settings.
-        trials: draws of errors at each probability.
-        pretrained: take the two networks from checkpoints/ instead of training them.
+        small_width, small_recipe, seeds: of the many small networks of 03, 04 and 08.
+        trials: draws of errors at each probability, of the reader's own.
+        pretrained: take the networks of 05 to 09, and the tables of their damage, from checkpoints/.
         threads: of torch on the CPU; 0 leaves torch's own choice. One is as fast for small networks, gives the same
             numbers whatever the number of cores, and does not stall when another program wants a core.
     """
 
     dataset: str
+    images: str
     vgg_width: float
     resnet_width: float
     recipe: Recipe
-    ablation_dataset: str
-    ablation_width: float
-    ablation_recipe: Recipe
-    ablation_seeds: int
+    small_width: float
+    small_recipe: Recipe
+    seeds: int
     trials: int
+    pretrained: bool
     threads: int
-    pretrained: bool = False
 
 
-SHIPPED = {"vgg_cifar10_binary": "vgg_cifar10", "resnet_binary": "resnet_published"}  # their names in checkpoints/
-QUICK = Profile(
-    dataset="digits",
-    vgg_width=0.125,
-    resnet_width=0.25,
-    recipe=Recipe(epochs=20, batch_size=64),
-    ablation_dataset="digits",
-    ablation_width=1 / 24,
-    ablation_recipe=Recipe(epochs=12, batch_size=64, lr=1e-2),
-    ablation_seeds=3,
-    trials=30,
-    threads=1,
-)
 PROFILES = {
-    "quick": QUICK,
-    "cifar10": replace(  # its many small networks are the quick profile's
-        QUICK,
-        dataset="cifar10",
-        vgg_width=0.25,
-        resnet_width=0.5,
-        recipe=Recipe(epochs=30, precision="bfloat16"),
-        trials=20,
-        threads=0,
+    "quick": Profile(
+        dataset="digits",
+        images="cifar10-sample",
+        vgg_width=0.125,
+        resnet_width=0.25,
+        recipe=Recipe(epochs=20, batch_size=64),
+        small_width=1 / 24,
+        small_recipe=Recipe(epochs=12, batch_size=64, lr=1e-2),
+        seeds=3,
+        trials=5,
         pretrained=True,
+        threads=1,
     ),
     "full": Profile(
         dataset="cifar10",
+        images="cifar10",
         vgg_width=1.0,
         resnet_width=1.0,
         recipe=Recipe(),
-        ablation_dataset="cifar10",
-        ablation_width=0.25,
-        ablation_recipe=Recipe(epochs=30),
-        ablation_seeds=3,
-        trials=100,
+        small_width=0.25,
+        small_recipe=Recipe(epochs=30),
+        seeds=10,
+        trials=50,
+        pretrained=False,
         threads=0,
     ),
 }
@@ -103,7 +96,7 @@ class Settings:
         figures: folder that `save_figure` writes to.
         networks: folder in which `trained` keeps networks.
         data_path: where data sets that do not ship with the course are, or are downloaded to.
-        data_name: of the images that `dataset` returned, for the figures; empty before.
+        drawn_from: the data of the notebook, for the figures; empty before it is loaded.
     """
 
     profile: str
@@ -113,19 +106,20 @@ class Settings:
     figures: Path
     networks: Path
     data_path: Path
-    data_name: str = ""
+    drawn_from: str = ""
 
     def dataset(self) -> data.Dataset:
-        """Return the profile's images, on the device; for pretrained networks normalized as in their training."""
+        """Return the images that notebooks 02 to 04 train on, on the device."""
         loaded = data.load(self.sizes.dataset, self.data_path).to(self.device)
-        if self.sizes.pretrained:
-            loaded = loaded.as_trained(checkpoints.pretrained(SHIPPED["vgg_cifar10_binary"])[1])
-        self.data_name = loaded.name
+        self.drawn_from = loaded.name
         return loaded
 
-    def ablation_data(self) -> data.Dataset:
-        """Return the images of the many small networks, on the device."""
-        return data.load(self.sizes.ablation_dataset, self.data_path).to(self.device)
+    def images(self) -> data.Images:
+        """Return the images that notebooks 05 to 09 test on, on the device, as the shipped networks want them."""
+        facts = checkpoints.pretrained("vgg_cifar10")[1]
+        images = data.load(self.sizes.images, self.data_path).test.as_trained(facts).to(self.device)
+        self.drawn_from = f"{len(images):,} test images of {images.dataset}"
+        return images
 
     def network(self, name: str, dataset: data.Dataset, width: float | None = None, **config: object) -> nn.Module:
         """Return an untrained network of the profile's size for `dataset`, initialized from the seed.
@@ -136,106 +130,79 @@ class Settings:
             width: instead of the profile's.
             config: further arguments of the network.
         """
-        widths = {"vgg_cifar10_binary": self.sizes.vgg_width, "resnet_binary": self.sizes.resnet_width}
+        if width is None:
+            width = self.sizes.vgg_width if name.startswith("vgg") else self.sizes.resnet_width
         _, in_channels, _, input_size = dataset.train.pixels.shape
         torch.manual_seed(self.seed)
-        model = build(
-            name,
-            num_classes=len(dataset.classes),
-            width=widths[name] if width is None else width,
-            in_channels=in_channels,
-            input_size=input_size,
-            **config,
-        )
-        return model.to(self.device)
+        shape: dict[str, Any] = dict(num_classes=len(dataset.classes), in_channels=in_channels, input_size=input_size)
+        return build(name, width=width, **shape, **config).to(self.device)
 
-    def trained(self, name: str, dataset: data.Dataset) -> nn.Module:
-        """Return the network of notebook 02 or 03, trained as there, in evaluation mode.
+    def trained(self, name: str) -> nn.Module:
+        """Return a network of checkpoints/, on the device, in evaluation mode.
 
-        It is trained once and kept in `networks`; later calls, of other notebooks too, load what was trained with the
-        same recipe, seed, data and torch. With `sizes.pretrained` it comes from checkpoints/, one bit a weight.
+        Without `sizes.pretrained` one of the same kind is trained instead, at the profile's size and by its recipe,
+        with errors where the shipped one was; it is kept in `networks` for later calls and notebooks.
+
+        Args:
+            name: of its folder: "vgg_cifar10".
         """
+        shipped, facts = checkpoints.pretrained(name)
         if self.sizes.pretrained:
-            return checkpoints.pretrained(SHIPPED[name])[0].to(self.device)
-        model = self.network(name, dataset)
+            return shipped.to(self.device)
+        dataset = data.load(self.sizes.images, self.data_path).as_trained(facts).to(self.device)
+        told = facts["recipe"]
+        recipe = Recipe(**asdict(self.sizes.recipe) | {key: told[key] for key in told if key.startswith("damage")})
+        model = self.network(str(shipped.name), dataset)
         path = self.networks / f"{name}.safetensors"
-        facts = dict(dataset=dataset.name, recipe=asdict(self.sizes.recipe), seed=self.seed, torch=torch.__version__)
+        known = dict(dataset=dataset.name, recipe=asdict(recipe), config=model.config, torch=torch.__version__)
         with suppress(checkpoints.CheckpointError):
-            kept, known = checkpoints.load(path)
-            if all(known.get(key) == value for key, value in (facts | {"config": model.config}).items()):
+            kept, there = checkpoints.load(path)
+            if all(there.get(key) == value for key, value in known.items()):
                 return kept.to(self.device)
-        train(model, dataset, self.sizes.recipe)
+        train(model, dataset, recipe)
         self.networks.mkdir(parents=True, exist_ok=True)
-        checkpoints.save(path, model, **facts, **dataset.train.facts)
-        return model
+        checkpoints.save(path, model, **dataset.train.facts, **{key: known[key] for key in known if key != "config"})
+        return checkpoints.load(path)[0].to(self.device)
 
     def sweep(
         self,
-        network: nn.Module,
-        images: data.Images,
+        name: str,
+        table: str,
         probabilities: Sequence[float],
-        repairs: Sequence[str],
-        *,
-        storage: str = "float32",
-        trials: int | None = None,
-        shipped: str = "damage-float32",
+        repairs: Sequence[str] = ("none",),
+        storage: str = "packed",
     ) -> pd.DataFrame:
-        """Return a campaign's table.
-
-        With `sizes.pretrained` it is read from checkpoints/, at those of the probabilities that are there; and one
-        trial at 1e-4 and one at 1e-2, as far as they are there, are computed anew and held against it: where the images
-        are those of the table, flips are the same and accuracies no more than 5 of 10,000 images apart, since
-        processors round differently; on others (the original instead of JPEG copies) accuracies lie within 5 points of
-        the range of the table's trials. This is computed on the CPU, as the table was.
+        """Return the trials of a long campaign, on all test images: those that ship with a network, read from its
+        folder, or without `sizes.pretrained` those of the network that `trained` gives, run now.
 
         Args:
-            network: a network of this profile.
-            images: the test images, or as many of them as the table was made with.
+            name: of the network's folder in checkpoints/.
+            table: of the file there, without its suffix: "damage-packed".
             probabilities, repairs, storage: as for `campaign.run`.
-            trials: at each point; None is `sizes.trials`.
-            shipped: the table's name in the folder of the pretrained network.
 
         Raises:
-            ValueError: the table lacks trials or a repair, or what was computed anew differs from it.
+            ValueError: the file has no trials at one of these probabilities with one of these repairs.
         """
-        trials = self.sizes.trials if trials is None else trials
-        how: dict[str, Any] = dict(storage=storage, repairs=repairs, seed=self.seed)
         if not self.sizes.pretrained:
-            return campaign.run(network, images, probabilities, trials, **how)
-        path = checkpoints.PRETRAINED / SHIPPED[str(network.name)] / f"{shipped}.csv"
-        table = pd.read_csv(path)
-        wanted = table["probability"].isin(probabilities) & table["repair"].isin(repairs)
-        wanted &= (table["storage"] == storage) & (table["trial"] < trials)
-        table = table[wanted].reset_index(drop=True)
-        there = table["probability"].unique()
-        if not len(table) or len(table) != len(there) * len(repairs) * trials:
-            raise ValueError(f"{path}: has not all trials at these probabilities with these repairs")
-        keys = ["probability", "repair", "trial"]
-        some = [p for p in there if p in (1e-4, 1e-2)]
-        again = campaign.run(copy.deepcopy(network).cpu(), images.to("cpu"), some, 1, **how)
-        both = again.merge(table, on=keys, suffixes=("", "_read"))
-        if images.dataset == table["dataset"].iloc[0]:
-            near = (both["accuracy"] - both["accuracy_read"]).abs() <= 5e-4 + 1e-9
-            agree = near & both["flips"].eq(both["flips_read"])
-        else:
-            spread = table.groupby(["probability", "repair"])["accuracy"].agg(["min", "max"]).reset_index()
-            both = both.merge(spread, on=["probability", "repair"])
-            agree = both["accuracy"].between(both["min"] - 0.05, both["max"] + 0.05)
-        if not agree.all():
-            raise ValueError(f"{path}: trials computed anew differ from it:\n{both[~agree].to_string()}")
-        print(f"{len(table)} trials read from checkpoints/{path.parent.name}, {len(both)} computed anew: they agree")
-        return table
+            how: dict[str, Any] = dict(storage=storage, repairs=repairs, seed=self.seed)
+            return campaign.run(self.trained(name), self.images(), probabilities, self.sizes.trials, **how)
+        path = checkpoints.PRETRAINED / name / f"{table}.csv"
+        trials = pd.read_csv(path).query("storage == @storage")
+        wanted = trials[trials["probability"].isin(probabilities) & trials["repair"].isin(repairs)]
+        if len(wanted[["probability", "repair"]].drop_duplicates()) < len(probabilities) * len(repairs):
+            raise ValueError(f"{path}: has no trials at some of these probabilities with some of these repairs")
+        return wanted.reset_index(drop=True)
 
     def save_figure(self, name: str, figure: Figure, table: pd.DataFrame, source: str = "") -> None:
-        """Write a figure as PNG and SVG, and the table that it was drawn from as CSV, under one name.
+        """Show a figure, and write it as PNG and SVG, and the table that it was drawn from as CSV, under one name.
 
-        Below the figure it says what it was drawn from.
+        Below the figure it says what it was drawn from; what it shows, in words, is the caption in figures.csv.
 
         Args:
-            name: two digits of the notebook, then words joined by hyphens: "05-accuracy-vs-probability".
+            name: two digits of the notebook, then words joined by hyphens: "06-accuracy-vs-probability".
             figure: what was drawn.
             table: what it was drawn from, not empty.
-            source: in words, where the table comes from; empty is the profile's data.
+            source: in words, where the table comes from; empty is the notebook's data.
 
         Raises:
             ValueError: the name has another form, or the table is empty.
@@ -245,11 +212,43 @@ class Settings:
         if table.empty:
             raise ValueError(f"figure {name}: its table is empty")
         self.figures.mkdir(parents=True, exist_ok=True)
-        source = source or ", ".join(filter(None, (self.data_name, f"{self.profile} profile")))
-        figure.text(1, -0.01, source, ha="right", va="top", fontsize=7, color="0.4")
+        figure.text(1, -0.01, source or self.drawn_from, ha="right", va="top", fontsize=7, color="0.4")
         for kind in ("png", "svg"):
             plotting.save(figure, self.figures / f"{name}.{kind}")
         write_beside(self.figures / f"{name}.csv", partial(table.to_csv, index=False))
+        display(figure, metadata={"image/png": {"alt": _caption(name)}})
+        plt.close(figure)  # or it would be shown twice
+
+
+def _caption(figure: str) -> str:
+    with (ROOT / "notebooks" / "figures.csv").open(encoding="utf-8", newline="") as file:
+        return next((row["caption"] for row in csv.DictReader(file) if row["id"] == figure), figure)
+
+
+def explore(draw: Callable[[Any], object], name: str, values: Sequence[Any], start: int = 0) -> None:
+    """Call `draw` with one of `values`, and again with others as a slider moves.
+
+    Where no reader sits before the notebook (BNN_STATIC is set, as when the course is run by command), there is no
+    slider, only the first picture.
+
+    Args:
+        draw: draws a figure and shows it.
+        name: the words beside the slider.
+        values: to choose from.
+        start: the position of the first.
+    """
+    if os.environ.get("BNN_STATIC"):
+        draw(values[start])
+        return
+    import ipywidgets
+
+    slider = ipywidgets.SelectionSlider(options=list(values), value=values[start], description=name)
+    slider.style.description_width = "initial"
+    display(ipywidgets.VBox([slider, ipywidgets.interactive_output(draw, {_argument(draw): slider})]))
+
+
+def _argument(function: Callable[..., object]) -> str:
+    return function.__code__.co_varnames[0]
 
 
 def _folder(variable: str, default: Path) -> Path:
@@ -273,10 +272,9 @@ def start() -> Settings:
         torch.set_num_threads(PROFILES[profile].threads)
     seed = 0
     torch.manual_seed(seed)
-    root = Path(__file__).resolve().parents[2]
-    figures = _folder("BNN_FIGURES", root / "figures") / profile
-    networks = _folder("BNN_NETWORKS", root / "executed" / "networks") / profile
-    data_path = _folder("BNN_DATA", root / "data")
+    figures = _folder("BNN_FIGURES", ROOT / "figures") / profile
+    networks = _folder("BNN_NETWORKS", ROOT / "executed" / "networks") / profile
+    data_path = _folder("BNN_DATA", ROOT / "data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     version, threads = torch.__version__.split("+")[0], torch.get_num_threads()
     print(f"profile {profile}, seed {seed}, torch {version}, device {device}, threads {threads}")

@@ -1,0 +1,24 @@
+"""The checks of exercises: nothing yet, a typical wrong answer, an answer of another kind."""
+
+import pytest
+
+from course.exercises import CHECKS, check
+
+# Answers that a reader may well give first. That the solutions pass is seen when the course runs.
+WRONG: dict[str, list[object]] = {}
+
+
+def test_every_exercise_has_a_wrong_answer():
+    assert WRONG.keys() == CHECKS.keys()
+
+
+@pytest.mark.parametrize(("exercise", "answer"), [(name, answer) for name in WRONG for answer in WRONG[name]])
+def test_a_wrong_answer_is_told_why(exercise, answer):
+    said = check(exercise, answer).data
+    assert said.startswith("**Not yet:** ") and len(said) > 25
+
+
+@pytest.mark.parametrize("exercise", CHECKS)
+def test_no_answer_and_nonsense(exercise):
+    assert "put your answer" in check(exercise, ...).data
+    assert check(exercise, "nonsense").data.startswith("**Not yet:** ")
