@@ -5,7 +5,11 @@ import pytest
 from course.exercises import CHECKS, check
 
 # Answers that a reader may well give first. That the solutions pass is seen when the course runs.
-WRONG: dict[str, list[object]] = {}
+WRONG: dict[str, list[object]] = {
+    "04-1": [1 / 1024, 1],
+    "04-2": [5e-4],
+    "04-3": [lambda latent, lr: latent / lr],
+}
 
 
 def test_every_exercise_has_a_wrong_answer():

@@ -5,7 +5,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
+
+from bnn_utils import plotting
 
 
 def diagram(table: pd.DataFrame) -> Figure:
@@ -75,4 +78,64 @@ def packed_filter(table: pd.DataFrame) -> Figure:
     for axis in (square, words):
         axis.grid(False)
         axis.spines[:].set_visible(False)
+    return figure
+
+
+def inside(table: pd.DataFrame) -> Figure:
+    """Draw what an untrained network does with gradients and values, layer by layer, with BatchNorm and without.
+
+    Args:
+        table: columns layer, network, gradient and "within ±1" (a share).
+    """
+    figure, (left, right) = plt.subplots(1, 2)
+    looks: Any = dict(x="layer", hue="network", style="network", markers=["o", "s"], dashes=False)
+    sns.lineplot(table, y="gradient", ax=left, **looks)
+    sns.lineplot(table, y="within ±1", legend=False, ax=right, **looks)
+    left.set(yscale="log", ylabel="mean size of the gradient", title="Without BatchNorm, gradients explode …")
+    right.set(ylim=(0, 1), ylabel="values within ±1 (%)", title="… although few values let them pass")
+    left.legend(title="", loc="upper right", fontsize=9)
+    plotting.percent(right.yaxis)
+    return figure
+
+
+def variants(ends: pd.DataFrame, mine: pd.DataFrame) -> Figure:
+    """Draw how networks end that stand on other things than BatchNorm: a dot a training, their mean, its interval.
+
+    Args:
+        ends, mine: columns variant and validation_accuracy; `mine` are drawn as crosses. The first four variants change
+            the last layer, the others all of them.
+    """
+    names = list(dict.fromkeys(ends["variant"]))
+    hue = ends["variant"].map(lambda name: "last" if name in names[:4] else "every")
+    figure, axis = plt.subplots(figsize=(7.0, 3.3))
+    how: Any = dict(x="validation_accuracy", y="variant", hue=hue, ax=axis, legend=False)
+    sns.stripplot(ends, size=3, alpha=0.5, jitter=0.15, **how)
+    sns.pointplot(ends, errorbar=plotting.interval, linestyle="none", markersize=6, capsize=0.3, lw=1.3, **how)
+    axis.plot(mine["validation_accuracy"], mine["variant"], "kx", ms=7, label="your trainings")
+    axis.set(xlabel="validation accuracy after the last epoch (%)", ylabel="", xlim=(0, 1.02))
+    axis.set_title("One learned number does what the last BatchNorm does")
+    for row, words in ((1.5, "in the place of the\nlast BatchNorm"), (4.0, "in the place of\nevery BatchNorm")):
+        axis.text(0.02, row, words, va="center", color="0.4")
+    axis.axhline(3.5, color="0.7", lw=0.8)
+    axis.legend(loc="lower center", fontsize=9)
+    plotting.percent(axis.xaxis)
+    return figure
+
+
+def rate_and_decay(table: pd.DataFrame) -> Figure:
+    """Draw the mean accuracy of trainings, with the half of its interval, as a map for each optimizer.
+
+    Args:
+        table: what `campaign.intervals` returns of validation_accuracy by optimizer, weight_decay and learning_rate.
+    """
+    figure, panels = plotting.panels(table, "optimizer", size=(3.7, 2.9), sharex=False)
+    for axis, own in panels:
+        cells = 100 * own.pivot(index="weight_decay", columns="learning_rate")
+        mean, half = cells["validation_accuracy"], cells["validation_accuracy_half"]
+        text = mean.map("{:.0f}".format) + " ± " + half.map("{:.0f}".format)
+        sns.heatmap(mean, annot=text, fmt="", vmin=0, vmax=100, cmap="cividis", cbar=False, ax=axis)
+        axis.set(xlabel="learning rate of the first step", ylabel="weight decay")
+        axis.tick_params(rotation=0)
+        axis.label_outer()
+    figure.suptitle("The learning rate decides, weight decay hardly matters: accuracy in percent, ± 95%", fontsize=10)
     return figure
