@@ -139,3 +139,89 @@ def rate_and_decay(table: pd.DataFrame) -> Figure:
         axis.label_outer()
     figure.suptitle("The learning rate decides, weight decay hardly matters: accuracy in percent, ± 95%", fontsize=10)
     return figure
+
+
+def points_against_bits(table: pd.DataFrame, mine: pd.DataFrame) -> Figure:
+    """Draw what each repair leaves lost against what it stores, a panel a network; `mine` are drawn as crosses.
+
+    Args:
+        table, mine: a row a trial, columns network, dataset, repair, points (of accuracy lost) and bits (stored).
+    """
+    figure, panels = plotting.panels(table, size=(3.6, 3.6), sharex=False)
+    for axis, own in panels:
+        mean = own.groupby("repair", sort=False)[["points", "bits"]].mean()
+        axis.set_yscale("symlog", linthresh=1, linscale=0.5)
+        axis.set_xscale("log")
+        for index, (name, row) in enumerate(mean.iterrows()):
+            low, high = plotting.interval(own.loc[own["repair"] == name, "points"])
+            look: Any = dict(
+                color=plotting.color(str(name)), marker=plotting.MARKERS[index], ms=7, capsize=3, ls="none"
+            )
+            ends = [[max(row["points"] - max(low, 0), 0)], [high - row["points"]]]
+            axis.errorbar(row["bits"] / 1e6, max(row["points"], 0), yerr=ends, label=plotting.label(str(name)), **look)
+        theirs = mine[mine["network"] == own["network"].iloc[0]]
+        if len(theirs):
+            axis.plot(theirs["bits"] / 1e6, theirs["points"].clip(lower=0), "kx", ms=5, label="your trials")
+        axis.set(xlabel="stored bits (millions)", ylabel="accuracy lost at p = 0.01 (points)", ylim=(-0.2, 100))
+        axis.yaxis.set_major_formatter("{x:g}")
+        ticks = [mean["bits"].min() / 1e6 * factor for factor in (1, 2, 3)]
+        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axis.xaxis.set_minor_locator(plt.NullLocator())
+        axis.label_outer()
+    figure.suptitle("Five copies of the few bits that decide save nearly all, for little memory", fontsize=11)
+    plotting.legend_outside(figure, panels[0][0], "lower center", ncols=3)
+    return figure
+
+
+def trained_for_errors(table: pd.DataFrame) -> Figure:
+    """Draw accuracy against the probability of wrong weights, a line a way to train, mean over seeds with intervals.
+
+    Args:
+        table: columns training, seed, probability and accuracy.
+    """
+    figure, axis = plt.subplots(figsize=(6.2, 3.4))
+    how: Any = dict(markers=["o", "s", "D"], linestyles=["-", "--", ":"], errorbar=plotting.interval, capsize=0.06)
+    sns.pointplot(
+        table, x="probability", y="accuracy", hue="training", dodge=0.25, lw=1.3, markersize=5, ax=axis, **how
+    )
+    axis.set(xlabel="probability that a weight is wrong", ylabel="accuracy (%)")
+    axis.set_title("Trained with many errors, a network stands many errors better")
+    axis.legend(title="trained", loc="lower left")
+    plotting.percent(axis.yaxis)
+    return figure
+
+
+def never_undone(table: pd.DataFrame) -> Figure:
+    """Draw validation accuracy epoch by epoch of trainings whose flips are undone or stay, mean over seeds.
+
+    Args:
+        table: columns training, epoch and validation_accuracy.
+    """
+    figure, axis = plt.subplots(figsize=(6.2, 3.4))
+    words = table["training"].replace("p = 0.04", "undone, p = 0.04")
+    how: Any = dict(hue=words, style=words, errorbar=plotting.interval, markers=True, dashes=False, ms=5)
+    sns.lineplot(table, x="epoch", y="validation_accuracy", ax=axis, **how)
+    axis.set(ylabel="validation accuracy (%)", ylim=(0, 1), title="Flips that stay undo what was learned")
+    axis.legend(title="", loc="lower right")
+    plotting.percent(axis.yaxis)
+    return figure
+
+
+def coverage(table: pd.DataFrame) -> Figure:
+    """Draw how often intervals hold the true mean where campaigns stop by them, and after how many trials.
+
+    Args:
+        table: columns interval, share (of trials that fail), coverage (a share) and trials.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.2))
+    looks: Any = dict(x="share", hue="interval", style="interval", markers=["o", "s"], dashes=False)
+    sns.lineplot(table, y="coverage", ax=left, **looks)
+    sns.lineplot(table, y="trials", legend=False, ax=right, **looks)
+    left.axhline(0.95, color="0.4", ls=":", label="promised")
+    left.set(xscale="log", xlabel="trials that fail (%)", ylabel="intervals that hold the mean (%)", ylim=(0, 1.04))
+    left.set_title("Student's t misses rare failures …")
+    right.set(xscale="log", xlabel="trials that fail (%)", ylabel="trials at the stop", yscale="log")
+    right.set_title("… because it stops too early")
+    plotting.percent(left.xaxis, left.yaxis, right.xaxis)
+    left.legend(title="", loc="lower right", fontsize=9)
+    return figure
