@@ -98,7 +98,7 @@ def test_run_and_publish(course):
     assert notebook["cells"][2]["outputs"] and notebook["cells"][2]["metadata"] == {}
     assert notebook["metadata"]["language_info"] == {"name": "python"}
     readme = (course / "README.md").read_text()
-    assert "| 01 | [A line](notebooks/01_line.ipynb) | A line is drawn \\| here. | < 1 |" in readme
+    assert "| 01 | [A line](notebooks/01_line.ipynb) | A line is drawn \\| here. | < 1 | [Colab](" in readme
     assert "![A line](figures/published/01-line.png)" in readme and "Not made" not in readme
     assert "old" not in readme and readme.endswith("the end\n")
     once = files(course)

@@ -1,4 +1,4 @@
-"""Write what is known of the trained networks in checkpoints/: their sums, cards and curves, and README's results.
+"""Write what is known of the trained networks in checkpoints/: sums, cards and curves, and the results in words.
 
     python -m tools.networks
 
@@ -147,7 +147,7 @@ def accuracy(mean: float, half: float) -> str:
 
 
 def results(root: Path) -> str:
-    """README's tables: the published figures beside ours, then packed storage and repairs."""
+    """The tables of docs/results.md: the published figures beside ours, then packed storage and repairs."""
     published = pd.read_csv(root / "notebooks" / "published.csv")
     published = published.set_index(["network", "repair", "probability"]).sort_index()
     parts = []
@@ -160,8 +160,8 @@ def results(root: Path) -> str:
         ours = campaign.aggregate(pd.concat(tables)).set_index(["storage", "repair", "probability"])
         parts += [
             f"**{plotting.label(facts['network'])}**: published at full width, {theirs['none', 0]:.1%} undamaged; ours "
-            f"[at {facts['config']['width']:g} of the width](checkpoints/{name}/README.md), {clean:.1%} undamaged on "
-            f"the {10_000:,} test images of {facts['dataset']}.",
+            f"[at {facts['config']['width']:g} of the width](../checkpoints/{name}/README.md), {clean:.1%} undamaged "
+            f"on the {10_000:,} test images of {facts['dataset']}.",
             "",
             "| *p* | | published, one draw | rate | ours | rate | trials |",
             "| --- | --- | --- | --- | --- | --- | --- |",
@@ -186,15 +186,17 @@ def results(root: Path) -> str:
 
 def guarded(root: Path) -> str:
     """A table of every trained network, packed and repaired, on all test images."""
-    repairs = ("vote5-few-range", "vote7-small-range")
+    repairs = ("vote5-upper-range", "vote5-few-range", "vote7-small-range")
     files = [folder / "damage-packed.csv" for folder in folders(root)]
     rows, tables = [], {file.parent: pd.read_csv(file) for file in files if file.is_file()}
     tables = {folder: table[table["repair"].isin(repairs)] for folder, table in tables.items()}
     probabilities = sorted({p for table in tables.values() for p in table["probability"]})
     for (folder, table), repair in product(tables.items(), repairs):
+        if repair not in set(table["repair"]):
+            continue
         network, facts = checkpoints.load(folder / checkpoints.NETWORK_FILE)
         means = campaign.aggregate(table).set_index(["repair", "probability"])
-        cells = [f"[{folder.name}](checkpoints/{folder.name}/README.md)", f"{facts['test_accuracy']:.1%}", repair]
+        cells = [f"[{folder.name}](../checkpoints/{folder.name}/README.md)", f"{facts['test_accuracy']:.1%}", repair]
         cells.append(f"{stored_bits(pack(network), repair) / 1e3:,.0f}")
         for p in probabilities:
             row = means.loc[repair, p] if (repair, p) in means.index else None
@@ -212,6 +214,56 @@ def guarded(root: Path) -> str:
     )
 
 
+GLANCE = ("vgg_cifar10", "resnet_cifar10", "resnet_published")  # of these README tells
+GUARDS = ("vote5-upper-range", "vote5-few-range")  # a repair that costs few bits: the first that was tried
+AT = 1e-2
+
+
+def at_a_glance(folder: Path) -> dict[str, Any]:
+    """What README tells of a network: accuracy undamaged, at one wrong bit in a hundred, and repaired; more bits."""
+    network, facts = checkpoints.load(folder / checkpoints.NETWORK_FILE)
+    table = pd.read_csv(folder / "damage-packed.csv").query("probability == @AT")
+    guard = next(repair for repair in GUARDS if repair in set(table["repair"]))
+    means = campaign.aggregate(table).set_index("repair")
+    packed = pack(network)
+    return dict(
+        name=folder.name,
+        word=plotting.label(facts["network"]),
+        clean=facts["test_accuracy"],
+        damaged=means.loc["none"],
+        repaired=means.loc[guard],
+        more=stored_bits(packed, guard) / stored_bits(packed) - 1,
+    )
+
+
+def headline(root: Path) -> str:
+    """The result of the course in a sentence."""
+    told = at_a_glance(root / "checkpoints" / GLANCE[0])
+    return (
+        f"**The result in one line:** at one wrong bit in a hundred the packed {told['word']} falls from "
+        f"{told['clean']:.1%} to {told['damaged'].accuracy:.1%}, and is back at {told['repaired'].accuracy:.1%} with "
+        f"{told['more']:.0%} more bits, spent on the few that decide."
+    )
+
+
+def glance(root: Path) -> str:
+    """README's results: a row a network."""
+    rows = [
+        "| network | undamaged | 1 bit in 100 wrong | repaired | more bits |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in GLANCE:
+        if (root / "checkpoints" / name / "damage-packed.csv").is_file():
+            told = at_a_glance(root / "checkpoints" / name)
+            damaged, repaired = (
+                accuracy(told[key].accuracy, told[key].accuracy_half) for key in ("damaged", "repaired")
+            )
+            link = f"[{name}](checkpoints/{name}/README.md)"
+            rows.append(f"| {link} | {told['clean']:.1%} | {damaged}% | {repaired}% | {told['more']:.1%} |")
+    below = "Packed storage, the 10,000 test images of CIFAR-10 (JPEG copies), means over trials with 95% intervals."
+    return "\n".join([*rows, "", below])
+
+
 def main(root: Path = ROOT) -> None:
     """Write all of it."""
     write(root / "checkpoints" / checkpoints.SUMS, sums(root))
@@ -219,7 +271,8 @@ def main(root: Path = ROOT) -> None:
         write(folder / "README.md", card(folder))
         draw_curves(folder)
     refresh(root / "checkpoints" / "README.md", {"networks": overview(root)})
-    refresh(root / "README.md", {"results": results(root)})
+    refresh(root / "docs" / "results.md", {"results": results(root)})
+    refresh(root / "README.md", {"headline": headline(root), "results": glance(root)})
 
 
 if __name__ == "__main__":

@@ -448,12 +448,14 @@ def refresh(path: Path, sections: dict[str, str]) -> None:
 
 
 def reading_order(root: Path) -> str:
-    """The table of notebooks: number, linked title, what it is about, minutes."""
-    rows = ["| | Notebook | What it is about | Minutes |", "| --- | --- | --- | --- |"]
+    """The table of notebooks: number, linked title, what it is about, minutes, Colab."""
+    repository = repository_of(root)
+    rows = ["| | Notebook | What it is about | Minutes | |", "| --- | --- | --- | --- | --- |"]
     for path in find_notebooks(root):
         text = "\n\n".join(cell.source for cell in opening(read_notebook(path)))
         link = f"[{title(path)}](notebooks/{path.name})"
-        rows.append(f"| {path.name[:2]} | {link} | {cell_text(first_sentence(text))} | {minutes(text)} |")
+        colab = f"[Colab]({colab_link(repository, path.name)})"
+        rows.append(f"| {path.name[:2]} | {link} | {cell_text(first_sentence(text))} | {minutes(text)} | {colab} |")
     return "\n".join(rows)
 
 
@@ -499,7 +501,7 @@ def gallery(root: Path) -> str:
         if row["gallery"] == "1" and (root / f"{file}.png").exists():
             caption = cell_text(row["caption"].rstrip("."))
             links = f"[notebook {row['id'][:2]}](notebooks/{row['notebook']}), [numbers]({file}.csv)"
-            tiles.append(f"![{caption}]({file}.png)<br>{caption} ({links})")
+            tiles.append(f"![{caption}]({file}.png)<br>{links}")
     if not tiles:
         return "No figure is published yet."
     rows = ["| | |", "| --- | --- |"]
