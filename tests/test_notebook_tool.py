@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -284,3 +286,27 @@ def test_origin(tmp_path, url, found):
 def test_time_line(seconds, words, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert tool.time_line(seconds) == f"**Time:** {words} on 2 CPU cores."
+
+
+def test_the_board_tells_what_runs_and_what_ended(tmp_path, capsys):
+    path = save(tmp_path, "01_n.ipynb", "1", opening="# 01. N\n\n**Time:** about 2 minutes on 2 CPU cores.")
+    with tool.Board(seconds=0.05) as board:
+        line = board.line("[1/1] 01_n.ipynb", path)
+        line.cells = "3/9 cells"
+        time.sleep(0.3)
+        line.end("9/9 cells")
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\[1/1\] 01_n.ipynb 3/9 cells +0 s \(about 2 minutes expected\)", lines[0])
+    assert lines[-1] == "[1/1] 01_n.ipynb 9/9 cells"
+
+
+def test_in_a_terminal_lines_are_drawn_over(tmp_path, capsys, monkeypatch):
+    path = save(tmp_path, "01_n.ipynb", "1", opening="# 01. N")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    board = tool.Board()
+    one, two = board.line("one", path), board.line("two", path)
+    board.draw()
+    one.end("done")
+    two.end("done")
+    out = capsys.readouterr().out
+    assert "\x1b[2A\r\x1b[Jone done\ntwo " in out and out.endswith("\x1b[1A\r\x1b[Jtwo done\n")

@@ -182,15 +182,15 @@ def run_all(root: Path, profile: str, wanted: list[str], output: Path, jobs: int
 
     def one(number: int, path: Path) -> Run:
         try:
-            label = f"[{number}/{len(paths)}] {path.name:<36}"
-            run = execute(path, profile, output, label, stopped, min(jobs, len(paths)), solve)
+            line = board.line(f"[{number}/{len(paths)}] {path.name:<36}", path)
+            run = execute(path, profile, output, line, stopped, min(jobs, len(paths)), solve)
             write(output / "executed" / profile / path.name, notebook_text(run.notebook))
             return run
         except BaseException:
             stopped.set()
             raise
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with Board() as board, ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(one, number, path) for number, path in enumerate(paths, start=1)]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -206,7 +206,7 @@ def run_all(root: Path, profile: str, wanted: list[str], output: Path, jobs: int
 
 
 def execute(
-    path: Path, profile: str, output: Path, label: str, stopped: threading.Event, jobs: int = 1, solve: bool = False
+    path: Path, profile: str, output: Path, line: "Line", stopped: threading.Event, jobs: int = 1, solve: bool = False
 ) -> Run:
     """Execute one notebook, of `jobs` at a time, in a fresh kernel, whatever outputs the file holds.
 
@@ -235,7 +235,7 @@ def execute(
             for done, (index, cell) in enumerate(cells):
                 if stopped.is_set():
                     raise Cancelled
-                progress(f"{label} {done:>3}/{len(cells)} cells")
+                line.cells = f"{done:>3}/{len(cells)} cells"
                 run_cell(client, index, cell, path.name)
             for index, source in solutions(notebook) if solve else []:
                 cell = nbformat.v4.new_code_cell(source)
@@ -243,10 +243,10 @@ def execute(
                 if "**Right.**" not in str(cell.outputs):
                     raise Stop(f"{path.name}: the check of cell {index + 1} refuses its solution:\n    {cell.outputs}")
     except BaseException:
-        progress("", end="")
+        line.end("stopped")
         raise
     seconds = time.monotonic() - start
-    progress(f"{label} {len(cells):>3}/{len(cells)} cells {seconds:7.1f} s", end="\n")
+    line.end(f"{len(cells):>3}/{len(cells)} cells {seconds:7.1f} s")
     if [cell.execution_count for _, cell in cells] != list(range(1, len(cells) + 1)):
         raise Stop(f"{path.name}: some cells were skipped, so the execution counts do not run 1..{len(cells)}")
     return Run(path, notebook, start, seconds, len(cells), len(figures_of(output, profile, path)))
@@ -322,12 +322,67 @@ def forget_figures(output: Path, profile: str, notebook: Path) -> None:
             (output / "figures" / profile / f"{figure}{suffix}").unlink(missing_ok=True)
 
 
-def progress(line: str, end: str = "") -> None:
-    """Redraw the current line of a terminal; elsewhere print only lines that are complete."""
-    if sys.stdout.isatty():
-        print(f"\r\x1b[K{line}", end=end, flush=True)
-    elif end == "\n":
-        print(line, flush=True)
+class Line:
+    """What the terminal says of one notebook that runs."""
+
+    def __init__(self, label: str, expected: str, board: "Board") -> None:
+        self.label, self.expected, self.board = label, expected, board
+        self.cells, self.began = "starting", time.monotonic()
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.cells} {time.monotonic() - self.began:5.0f} s{self.expected}"
+
+    def end(self, words: str) -> None:
+        """Print the last line of this notebook."""
+        self.board.end(self, f"{self.label} {words}")
+
+
+class Board:
+    """Tells of the notebooks that run: a live line for each in a terminal, elsewhere now and then a line for each."""
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.live, self.lock, self.drawn = list[Line](), threading.Lock(), 0
+        self.done, self.terminal = threading.Event(), sys.stdout.isatty()
+        self.seconds = 1.0 if self.terminal else seconds
+
+    def __enter__(self) -> "Board":
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        """Draw the lines again and again, until the run ends."""
+        while not self.done.wait(self.seconds):
+            with self.lock:
+                self.draw()
+
+    def draw(self, *last: str) -> None:
+        """Print what has ended for good, and what runs so that it can be drawn over."""
+        back = f"\x1b[{self.drawn}A" if self.drawn else ""
+        start, rest = (back + "\r\x1b[J", [str(line) for line in self.live]) if self.terminal else ("", [])
+        if not last and not self.terminal:
+            rest = [str(line) for line in self.live]
+        if lines := [*last, *rest]:
+            print(start + "\n".join(lines), flush=True)
+        self.drawn = len(rest) if self.terminal else 0
+
+    def line(self, label: str, path: Path) -> Line:
+        """Return the line of a notebook that begins."""
+        time_line = TIME.search("\n".join(cell.source for cell in opening(read_notebook(path))))
+        expected = re.search(r"\*\* (.*?) on ", time_line[0]) if time_line else None
+        with self.lock:
+            self.live.append(line := Line(label, f" ({expected[1]} expected)" if expected else "", self))
+        return line
+
+    def end(self, line: Line, words: str) -> None:
+        """Print the last line of a notebook."""
+        with self.lock:
+            self.live.remove(line)
+            self.draw(words)
 
 
 def report(runs: list[Run], output: Path, profile: str, started: float) -> None:

@@ -117,7 +117,7 @@ def variants(ends: pd.DataFrame, mine: pd.DataFrame) -> Figure:
     for row, words in ((1.5, "in the place of the\nlast BatchNorm"), (4.0, "in the place of\nevery BatchNorm")):
         axis.text(0.02, row, words, va="center", color="0.4")
     axis.axhline(3.5, color="0.7", lw=0.8)
-    axis.legend(loc="lower center", fontsize=9)
+    axis.legend(loc="upper left", fontsize=9)
     plotting.percent(axis.xaxis)
     return figure
 
@@ -137,7 +137,7 @@ def rate_and_decay(table: pd.DataFrame) -> Figure:
         axis.set(xlabel="learning rate of the first step", ylabel="weight decay")
         axis.tick_params(rotation=0)
         axis.label_outer()
-    figure.suptitle("The learning rate decides, weight decay hardly matters: accuracy in percent, ± 95%", fontsize=10)
+    figure.suptitle("The learning rate decides, weight decay changes little: accuracy in percent, ± 95%", fontsize=10)
     return figure
 
 
