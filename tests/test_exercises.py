@@ -1,11 +1,22 @@
 """The checks of exercises: nothing yet, a typical wrong answer, an answer of another kind."""
 
+import numpy as np
 import pytest
 
 from course.exercises import CHECKS, check
 
 # Answers that a reader may well give first. That the solutions pass is seen when the course runs.
-WRONG: dict[str, list[object]] = {}
+WRONG: dict[str, list[object]] = {
+    "01-1": [0.5, 1.0],
+    "01-2": [0.01, 1.28],
+    "01-3": [
+        lambda a, b, inside: 9 - 2 * np.bitwise_count((a ^ b) & inside).sum(-1, dtype=int),
+        lambda a, b, inside: (
+            np.bitwise_count(inside).sum(-1, dtype=int) - 2 * np.bitwise_count(a ^ b).sum(-1, dtype=int)
+        ),
+        lambda a, b, inside: 0,
+    ],
+}
 
 
 def test_every_exercise_has_a_wrong_answer():
