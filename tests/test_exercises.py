@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from torch.nn.functional import avg_pool2d
 
 from course.exercises import CHECKS, check
 
@@ -16,6 +17,16 @@ WRONG: dict[str, list[object]] = {
         ),
         lambda a, b, inside: 0,
     ],
+    "02-1": [5.0, -1.4],
+    "02-2": [0.278, 4.605, 0.5],
+    "02-3": [0.27, 0.3, 0.0],
+    "03-1": [1.41, 1.0, 0.5, 2.0],
+    "03-2": [
+        lambda x: x,
+        lambda x: avg_pool2d(x, 2).repeat_interleave(2, 1),
+        lambda x: x[:, :, ::2, ::2].repeat(1, 2, 1, 1),
+    ],
+    "03-3": [0.18, 0.08, 1.0, 0.0],
 }
 
 

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from IPython.display import Markdown
+
+from bnn_utils.models import BiRealUnit
 
 Check = Callable[[Any], str]  # from an answer to what is wrong with it, in a sentence; empty if it is right
 
@@ -54,10 +57,71 @@ def _masked_dot(answer: Any) -> str:
     return "it differs from the sum of the products of the signs inside."
 
 
+# ---------------------------------------------------------------- 02 Training a binarized VGG
+
+
+def _points_of_sizes(answer: Any) -> str:
+    problem = _number(answer, 0, 1e-6)
+    return f"{problem} The forward pass reads only the signs, and these stay." if "too" in problem else problem
+
+
+def _floor_of_100_classes(answer: Any) -> str:
+    high = np.sqrt(99)
+    typical = {
+        0.278: "that is the floor for 10 classes.",
+        np.log(100): "that is the loss of guessing among 100 classes.",
+    }
+    return _number(answer, np.log1p(99 * np.exp(-high - 1 / high)), 5e-4, typical)
+
+
+def _flips_of_small_steps(answer: Any) -> str:
+    problem = _number(answer, 0.025, 0.0249)
+    if "large" in problem:
+        return f"{problem} Was the learning rate 100 times smaller, and is this a share rather than a percentage?"
+    return problem
+
+
+# ---------------------------------------------------------------- 03 ResNets
+
+
+def _share_of_a_wide_network(answer: Any) -> str:
+    typical = {
+        1.41: "is this narrow over wide? The share in the wide network comes first.",
+        1.0: "the sums have more terms in a wide network, and the shortcut does not grow with them.",
+        0.5: "twice the terms, but of both signs: their sum grows less than twofold.",
+    }
+    return _number(answer, 0.71, 0.1, typical)
+
+
+def _shortcut_without_weights(answer: Any) -> str:
+    x = torch.arange(96, dtype=torch.float32).view(2, 3, 4, 4) ** 2
+    right, given = BiRealUnit(3, stride=2).shortcut(x), answer(x)
+    if given.shape != right.shape:
+        return f"of {tuple(x.shape)} it makes {tuple(given.shape)}, {tuple(right.shape)} is right."
+    if torch.allclose(given, right):
+        return ""
+    if torch.allclose(given, right.view(2, 2, 3, 2, 2).transpose(1, 2).reshape(right.shape)):
+        return "each channel stands beside its own copy; the copies come after all channels."
+    return "its values are not the means of 2x2 pixels, or the two copies are not alike."
+
+
+def _gradient_through_depth(answer: Any) -> str:
+    problem = _number(answer, 0.011, 0.009)
+    if "large" in problem:
+        return f"{problem} A part gets lost in each block, and there are more than twice as many as at depth 18."
+    return problem
+
+
 CHECKS: dict[str, Check] = {
     "01-1": _signs_after_relu,
     "01-2": _rate_of_small_weights,
     "01-3": _masked_dot,
+    "02-1": _points_of_sizes,
+    "02-2": _floor_of_100_classes,
+    "02-3": _flips_of_small_steps,
+    "03-1": _share_of_a_wide_network,
+    "03-2": _shortcut_without_weights,
+    "03-3": _gradient_through_depth,
 }
 
 
