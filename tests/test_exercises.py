@@ -1,11 +1,32 @@
 """The checks of exercises: nothing yet, a typical wrong answer, an answer of another kind."""
 
+import numpy as np
 import pytest
+from torch.nn.functional import avg_pool2d
 
 from course.exercises import CHECKS, check
 
 # Answers that a reader may well give first. That the solutions pass is seen when the course runs.
 WRONG: dict[str, list[object]] = {
+    "01-1": [0.5, 1.0],
+    "01-2": [0.01, 1.28],
+    "01-3": [
+        lambda a, b, inside: 9 - 2 * np.bitwise_count((a ^ b) & inside).sum(-1, dtype=int),
+        lambda a, b, inside: (
+            np.bitwise_count(inside).sum(-1, dtype=int) - 2 * np.bitwise_count(a ^ b).sum(-1, dtype=int)
+        ),
+        lambda a, b, inside: 0,
+    ],
+    "02-1": [5.0, -1.4],
+    "02-2": [0.278, 4.605, 0.5],
+    "02-3": [0.27, 0.3, 0.0],
+    "03-1": [1.41, 1.0, 0.5, 2.0],
+    "03-2": [
+        lambda x: x,
+        lambda x: avg_pool2d(x, 2).repeat_interleave(2, 1),
+        lambda x: x[:, :, ::2, ::2].repeat(1, 2, 1, 1),
+    ],
+    "03-3": [0.18, 0.08, 1.0, 0.0],
     "04-1": [1 / 1024, 1],
     "04-2": [5e-4],
     "04-3": [lambda latent, lr: latent / lr],

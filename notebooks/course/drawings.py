@@ -10,6 +10,30 @@ from matplotlib.figure import Figure
 
 from bnn_utils import plotting
 
+# Two blocks of binarized ResNets for `diagram`: the published one above, the modern one below.
+RESNET_BLOCKS = pd.DataFrame(
+    [
+        ("input", 0, 2, "input", "real", ""),
+        ("sign1", 1, 2, "sign", "sign", "input"),
+        ("conv1", 2, 2, "conv", "whole", "sign1"),
+        ("norm1", 3, 2, "BatchNorm\nHardtanh", "real", "conv1"),
+        ("sign2", 4, 2, "sign", "sign", "norm1"),
+        ("conv2", 5, 2, "conv", "whole", "sign2"),
+        ("sum", 6, 2, "+", "real", "conv2 around"),
+        ("norm2", 7, 2, "BatchNorm\nHardtanh", "real", "sum"),
+        ("around", 3, 2.8, "shortcut", "real", "input"),
+        ("stream", 0, 0, "input", "real", ""),
+        ("shift", 1, 0, "shift", "real", "stream"),
+        ("sign", 2, 0, "sign", "sign", "shift"),
+        ("conv", 3, 0, "conv", "whole", "sign"),
+        ("norm", 4, 0, "BatchNorm", "real", "conv"),
+        ("plus", 5.2, 0, "+", "real", "norm past"),
+        ("act", 6.2, 0, "PReLU", "real", "plus"),
+        ("past", 3, 0.8, "shortcut", "real", "stream"),
+    ],
+    columns=["name", "x", "y", "text", "values", "after"],
+)
+
 
 def diagram(table: pd.DataFrame) -> Figure:
     """Draw boxes joined by arrows, coloured by what they put out: real numbers, +1 and -1, or whole numbers.
@@ -18,7 +42,7 @@ def diagram(table: pd.DataFrame) -> Figure:
         table: columns name, x, y (a box's centre), text, values ("real", "sign" or "whole"), after (names of the boxes
             that lead to it, separated by blanks).
     """
-    figure, axis = plt.subplots(figsize=(7.0, 2.1))
+    figure, axis = plt.subplots(figsize=(7.0, 1.2 + table["y"].max() - table["y"].min()))
     shades = {"real": "#F5D58A", "sign": "#9CCBEA", "whole": "0.88"}
     words = {"real": "real numbers", "sign": "+1 and −1", "whole": "whole numbers"}
     boxes, drawn = table.set_index("name"), {}

@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from IPython.display import Markdown
 from scipy.stats import binom
 
 from bnn_utils import campaign, checkpoints, data
+from bnn_utils.models import BiRealUnit
 
 Check = Callable[[Any], str]  # from an answer to what is wrong with it, in a sentence; empty if it is right
 
@@ -23,6 +26,92 @@ def _number(answer: Any, right: float, within: float, typical: dict[float, str] 
         if abs(value - wrong) <= within:
             return remark
     return f"{value:g} is too {'large' if value > right else 'small'}."
+
+
+# ---------------------------------------------------------------- 01 Binarization
+
+
+def _signs_after_relu(answer: Any) -> str:
+    return _number(answer, 0, 1e-6, {0.5: "that is the share before the ReLU, which cuts these values to 0."})
+
+
+def _rate_of_small_weights(answer: Any) -> str:
+    typical = {
+        0.01: "128 times smaller weights cross zero with 128 times smaller steps.",
+        1.28: "smaller weights need smaller steps to cross zero at the same moment, not larger ones.",
+    }
+    return _number(answer, 0.01 / 128, 1e-7, typical)
+
+
+def _masked_dot(answer: Any) -> str:
+    a, b, inside = np.random.default_rng(0).integers(0, 2**63, (3, 20, 2), dtype=np.uint64)
+    counted, differing = np.bitwise_count(inside).sum(-1, dtype=int), np.bitwise_count((a ^ b) & inside)
+    right = counted - 2 * differing.sum(-1, dtype=int)
+    given = np.asarray(answer(a, b, inside))
+    if given.shape != right.shape:
+        return f"for words of shape (20, 2) it gives shape {given.shape}, (20,) is right: one dot product a row."
+    if (given == right).all():
+        return ""
+    if (given == counted - 2 * np.bitwise_count(a ^ b).sum(-1, dtype=int)).all():
+        return "differences outside the image still count; mask them."
+    if len(np.unique(given + 2 * differing.sum(-1, dtype=int))) == 1:
+        return "n must be the number of taps inside, which differs from place to place."
+    return "it differs from the sum of the products of the signs inside."
+
+
+# ---------------------------------------------------------------- 02 Training a binarized VGG
+
+
+def _points_of_sizes(answer: Any) -> str:
+    problem = _number(answer, 0, 1e-6)
+    return f"{problem} The forward pass reads only the signs, and these stay." if "too" in problem else problem
+
+
+def _floor_of_100_classes(answer: Any) -> str:
+    high = np.sqrt(99)
+    typical = {
+        0.278: "that is the floor for 10 classes.",
+        np.log(100): "that is the loss of guessing among 100 classes.",
+    }
+    return _number(answer, np.log1p(99 * np.exp(-high - 1 / high)), 5e-4, typical)
+
+
+def _flips_of_small_steps(answer: Any) -> str:
+    problem = _number(answer, 0.025, 0.0249)
+    if "large" in problem:
+        return f"{problem} Was the learning rate 100 times smaller, and is this a share rather than a percentage?"
+    return problem
+
+
+# ---------------------------------------------------------------- 03 ResNets
+
+
+def _share_of_a_wide_network(answer: Any) -> str:
+    typical = {
+        1.41: "is this narrow over wide? The share in the wide network comes first.",
+        1.0: "the sums have more terms in a wide network, and the shortcut does not grow with them.",
+        0.5: "twice the terms, but of both signs: their sum grows less than twofold.",
+    }
+    return _number(answer, 0.71, 0.1, typical)
+
+
+def _shortcut_without_weights(answer: Any) -> str:
+    x = torch.arange(96, dtype=torch.float32).view(2, 3, 4, 4) ** 2
+    right, given = BiRealUnit(3, stride=2).shortcut(x), answer(x)
+    if given.shape != right.shape:
+        return f"of {tuple(x.shape)} it makes {tuple(given.shape)}, {tuple(right.shape)} is right."
+    if torch.allclose(given, right):
+        return ""
+    if torch.allclose(given, right.view(2, 2, 3, 2, 2).transpose(1, 2).reshape(right.shape)):
+        return "each channel stands beside its own copy; the copies come after all channels."
+    return "its values are not the means of 2x2 pixels, or the two copies are not alike."
+
+
+def _gradient_through_depth(answer: Any) -> str:
+    problem = _number(answer, 0.011, 0.009)
+    if "large" in problem:
+        return f"{problem} A part gets lost in each block, and there are more than twice as many as at depth 18."
+    return problem
 
 
 # ---------------------------------------------------------------- 04 What makes BNNs train
@@ -96,6 +185,15 @@ def _broken_file(answer: Any) -> str:
 
 
 CHECKS: dict[str, Check] = {
+    "01-1": _signs_after_relu,
+    "01-2": _rate_of_small_weights,
+    "01-3": _masked_dot,
+    "02-1": _points_of_sizes,
+    "02-2": _floor_of_100_classes,
+    "02-3": _flips_of_small_steps,
+    "03-1": _share_of_a_wide_network,
+    "03-2": _shortcut_without_weights,
+    "03-3": _gradient_through_depth,
     "04-1": _start_of_the_scale,
     "04-2": _pull_of_decay,
     "04-3": _steps_to_flip,
