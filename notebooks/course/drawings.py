@@ -171,29 +171,31 @@ def points_against_bits(table: pd.DataFrame, mine: pd.DataFrame) -> Figure:
     Args:
         table, mine: a row a trial, columns network, dataset, repair, points (of accuracy lost) and bits (stored).
     """
-    figure, panels = plotting.panels(table, size=(3.6, 3.6), sharex=False)
+    figure, panels = plotting.panels(table, size=(3.7, 3.6), sharex=False)
     for axis, own in panels:
-        mean = own.groupby("repair", sort=False)[["points", "bits"]].mean()
         axis.set_yscale("symlog", linthresh=1, linscale=0.5)
         axis.set_xscale("log")
-        for index, (name, row) in enumerate(mean.iterrows()):
-            low, high = plotting.interval(own.loc[own["repair"] == name, "points"])
-            look: Any = dict(
-                color=plotting.color(str(name)), marker=plotting.MARKERS[index], ms=7, capsize=3, ls="none"
-            )
-            ends = [[max(row["points"] - max(low, 0), 0)], [high - row["points"]]]
-            axis.errorbar(row["bits"] / 1e6, max(row["points"], 0), yerr=ends, label=plotting.label(str(name)), **look)
+        for index, (name, trials) in enumerate(own.groupby("repair", sort=False)):
+            millions, mean = trials["bits"].iloc[0] / 1e6, max(trials["points"].mean(), 0)
+            low, high = plotting.interval(trials["points"])
+            look: Any = dict(color=plotting.color(str(name)), fmt=plotting.MARKERS[index], ms=7, capsize=3)
+            axis.errorbar(millions, mean, yerr=[[mean - min(max(low, 0), mean)], [high - mean]], **look)
+            place: Any = dict(xytext=(8, 0), ha="left") if millions < 5 else dict(xytext=(-8, 0), ha="right")
+            if name == "none":
+                place = dict(xytext=(-6, 10), ha="left")
+            place |= dict(textcoords="offset points", va="center", fontsize=9)
+            axis.annotate(plotting.label(str(name)), (millions, mean), **place)
         theirs = mine[mine["network"] == own["network"].iloc[0]]
         if len(theirs):
             axis.plot(theirs["bits"] / 1e6, theirs["points"].clip(lower=0), "kx", ms=5, label="your trials")
-        axis.set(xlabel="stored bits (millions)", ylabel="accuracy lost at p = 0.01 (points)", ylim=(-0.2, 100))
+            axis.legend(loc="upper right", fontsize=9)
+        axis.set(xlabel="stored bits (millions)", ylabel="accuracy lost at p = 0.01 (points)", ylim=(-0.2, 150))
         axis.yaxis.set_major_formatter("{x:g}")
-        ticks = [mean["bits"].min() / 1e6 * factor for factor in (1, 2, 3)]
+        ticks = [own["bits"].min() / 1e6 * factor for factor in (1, 2, 3)]
         axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axis.xaxis.set_minor_locator(plt.NullLocator())
         axis.label_outer()
     figure.suptitle("Five copies of the few bits that decide save nearly all, for little memory", fontsize=11)
-    plotting.legend_outside(figure, panels[0][0], "lower center", ncols=3)
     return figure
 
 
