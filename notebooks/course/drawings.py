@@ -59,7 +59,7 @@ def packed_filter(table: pd.DataFrame) -> Figure:
     square.imshow(signs[:, 0].reshape(side, side), vmin=-1, vmax=1, cmap=colors)
     for tap, sign in enumerate(signs[:, 0]):
         drawn: Any = dict(ha="center", va="center", color="k" if sign > 0 else "w", fontsize=11)
-        square.text(tap % side, tap // side, f"{sign:+.0f}", **drawn)
+        square.text(tap % side, tap // side, "+1" if sign > 0 else "−1", **drawn)
     square.set(title="channel 0", xticks=[], yticks=[])
     words.imshow(signs[:, ::-1], vmin=-1, vmax=1, cmap=colors, aspect="auto", interpolation="none")
     words.hlines(np.arange(1, taps) - 0.5, -0.5, bits - 0.5, color="w", lw=1.5)
@@ -70,9 +70,38 @@ def packed_filter(table: pd.DataFrame) -> Figure:
     words.set_xticks(bits - 1 - shown, shown)
     words.set_yticks(range(taps), range(taps))
     unused = "; grey: unused" if np.isnan(signs).any() else ""
-    words.set(title=f"light: +1, bit 1; dark: -1, bit 0{unused}", xlabel="bit of the word = input channel")
-    words.set_ylabel("tap")
+    words.set(title=f"all channels (light: +1, bit 1; dark: −1, bit 0{unused})", ylabel="tap")
+    words.set_xlabel("bit of the word = input channel")
     for axis in (square, words):
         axis.grid(False)
         axis.spines[:].set_visible(False)
+    figure.suptitle(f"{np.isfinite(signs).sum()} signs of a filter fit into {taps} words", fontsize=11)
+    return figure
+
+
+def thresholds(table: pd.DataFrame) -> Figure:
+    """Draw what BatchNorm makes of a channel's integers, and on which side of its threshold the bit is 1.
+
+    Args:
+        table: a row an integer of a channel: columns panel (its title), integer, value (after BatchNorm), share (how
+            often the integer is seen), threshold, inverted (whether the bit is 1 below the threshold).
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(7.2, 4.6))
+    for axis, (title, own) in zip(axes.flat, table.groupby("panel", sort=False)):
+        edge, inverted = own["threshold"].iloc[0] - 0.5, own["inverted"].iloc[0]
+        left, right, height = own["integer"].min() - 1, own["integer"].max() + 1, own["value"].abs().max()
+        shaded = (left, edge) if inverted else (edge, right)
+        axis.axvspan(*shaded, facecolor="#F5D58A", alpha=0.6, lw=0, label="the bit is 1")
+        seen = height * own["share"] / own["share"].max() - height
+        axis.fill_between(own["integer"], -height, seen, step="mid", color="0.6", lw=0, label="how often seen")
+        axis.plot(own["integer"], own["value"], color="C0", label="after BatchNorm")
+        axis.axvline(edge, color="C1", ls="--", label="threshold")
+        axis.axhline(0, color="k", lw=0.8)
+        axis.set(title=title, xlim=(left, right))
+        axis.grid(False)
+    figure.supxlabel("integer that the layer gives", fontsize=10)
+    figure.supylabel("after BatchNorm", fontsize=10)
+    handles, words = axes[0, 0].get_legend_handles_labels()
+    title = "Where the line is above zero, the bit is 1: one comparison for five floats"
+    figure.legend(handles, words, loc="outside upper center", ncols=4, fontsize=9, title=title, title_fontsize=11)
     return figure

@@ -1,6 +1,8 @@
 """The exercises' checks: each says whether an answer is right, or what is wrong with it."""
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from IPython.display import Markdown
@@ -22,7 +24,54 @@ def _number(answer: Any, right: float, within: float, typical: dict[float, str] 
     return f"{value:g} is too {'large' if value > right else 'small'}."
 
 
-CHECKS: dict[str, Check] = {}
+# 05 One bit per weight
+
+
+def _words(answer: Any) -> str:
+    for filters, inputs, kernel in ((96, 96, 3), (96, 3, 3), (10, 128, 1), (7, 65, 5), (1, 64, 1)):
+        right, given = filters * kernel**2 * math.ceil(inputs / 64), answer(filters, inputs, kernel)
+        if given != right:
+            packed = math.ceil(filters * inputs * kernel**2 / 64)
+            why = (
+                "That is what fits if words run on from tap to tap; each tap starts a new one."
+                if given == packed
+                else ""
+            )
+            return f"{filters} filters of {kernel}x{kernel} over {inputs} channels give {given}, not {right}. {why}"
+    return ""
+
+
+def _falling_line(answer: Any) -> str:
+    typical = {
+        32: "at 32 the line is below zero already: a line that falls is cut off by rounding down.",
+        -7: "the scale is negative: the bit is 1 *below* the crossing.",
+    }
+    return _number(answer, 31, 0, typical)
+
+
+def _vgg_others(width: float) -> float:
+    """Return the share of a packed VGG's bits that are not weights, counted from the published layer list."""
+    channels = [round(width * n) for n in (384, 384, 768, 768, 1536, 512)]
+    hidden = round(width * 1024)
+    weights = sum(9 * before * after for before, after in pairwise([3, *channels]))
+    weights += 16 * channels[-1] * hidden + hidden**2 + 10 * hidden
+    others = 17 * (sum(channels[1:]) + 2 * hidden) + 96 * (channels[0] + 10)
+    return others / (weights + others)
+
+
+def _wider(answer: Any) -> str:
+    typical = {
+        2.0: "the other way round: weights grow faster than the rest.",
+        0.25: "weights grow four times, but the rest grows too.",
+    }
+    return _number(answer, _vgg_others(0.5) / _vgg_others(0.25), 0.004, typical)
+
+
+CHECKS: dict[str, Check] = {
+    "05-1": _words,
+    "05-2": _falling_line,
+    "05-3": _wider,
+}
 
 
 def check(exercise: str, answer: Any) -> Markdown:
