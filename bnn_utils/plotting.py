@@ -63,6 +63,8 @@ COLORS = {
     "thresholds": "#009E73",
     "directions": "#000000",
     "floats": "#CC79A7",
+    "float32 storage": "#0072B2",
+    "packed storage": "#000000",
     "range check": "#009E73",
     "SECDED, all but weights": "#CC79A7",
     "SECDED": "#882255",

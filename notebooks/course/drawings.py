@@ -6,6 +6,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from bnn_utils import plotting
 
 
 def diagram(table: pd.DataFrame) -> Figure:
@@ -104,4 +107,36 @@ def thresholds(table: pd.DataFrame) -> Figure:
     handles, words = axes[0, 0].get_legend_handles_labels()
     title = "Where the line is above zero, the bit is 1: one comparison for five floats"
     figure.legend(handles, words, loc="outside upper center", ncols=4, fontsize=9, title=title, title_fontsize=11)
+    return figure
+
+
+def reading(image: NDArray[Any], right: NDArray[Any], wrong: NDArray[Any], scores: pd.DataFrame, title: str) -> Figure:
+    """Draw an image, some stored bits, those that flipped among them crossed, and the probabilities of the classes.
+
+    Args:
+        image: (height, width, 3), as `imshow` takes it.
+        right, wrong: stored words of 64 bits, undamaged and damaged.
+        scores: by class name, a column of probabilities undamaged and one damaged.
+        title: the finding.
+    """
+    figure, (left, middle, far) = plt.subplots(1, 3, figsize=(8.0, 3.0), width_ratios=(1, 1.7, 1.4))
+    left.imshow(image)
+    left.set(xticks=[], yticks=[], title="a test image")
+    bits, different = (words[:, None] >> np.arange(64, dtype=words.dtype) & 1 for words in (right, right ^ wrong))
+    middle.imshow(bits[:, ::-1], cmap="cividis", alpha=0.35, aspect="auto", interpolation="none")
+    flipped = np.argwhere(different)
+    middle.plot(63 - flipped[:, 1], flipped[:, 0], "X", color="#D55E00", mec="k", mew=0.5, ms=7)
+    middle.set(xticks=[], yticks=[], title=f"bits of one filter: {len(flipped)} flipped", xlabel=f"{bits.size:,} bits")
+    places = np.arange(len(scores))
+    for shift, (name, style) in zip((-0.2, 0.2), (("undamaged", "0.75"), ("damaged", plotting.color("damaged")))):
+        far.barh(places + shift, scores[name], height=0.4, color=style, edgecolor="0.3", lw=0.5, label=name)
+    far.set_yticks(places, scores.index, fontsize=8)
+    far.invert_yaxis()
+    far.set(xlim=(0, 1), xlabel="probability (%)")
+    plotting.percent(far.xaxis)
+    far.grid(False)
+    for axis in (left, middle):
+        axis.grid(False)
+    handles, words = far.get_legend_handles_labels()
+    figure.legend(handles, words, loc="outside upper center", ncols=2, fontsize=9, title=title, title_fontsize=11)
     return figure

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import pandas as pd
 from IPython.display import Markdown
+
+from bnn_utils import checkpoints
 
 Check = Callable[[Any], str]  # from an answer to what is wrong with it, in a sentence; empty if it is right
 
@@ -67,10 +70,46 @@ def _wider(answer: Any) -> str:
     return _number(answer, _vgg_others(0.5) / _vgg_others(0.25), 0.004, typical)
 
 
+# 06 Damage
+
+
+def _flips_that_show(answer: Any) -> str:
+    typical = {
+        14.0: "the sign counts too.",
+        9.0: "some bits of the mantissa count too.",
+        32.0: "the low bits of the mantissa move the number by far less than 1%.",
+        8.0: "sign and mantissa have bits that count too.",
+    }
+    return _number(answer, 15, 0, typical)
+
+
+def _wrong_weights(answer: Any) -> str:
+    every = "that would be so if each of the 32 bits could turn the weight; only the sign can."
+    typical = {0.32: every, round(1 - 0.99**32, 4): every}
+    if isinstance(answer, float | int) and 0.5 < answer < 5:
+        return "a share is asked for, not percent."
+    return _number(answer, 0.011, 0.0015, typical)
+
+
+def _trials_for_a_point(answer: Any) -> str:
+    table = pd.read_csv(checkpoints.PRETRAINED / "vgg_cifar10" / "damage-float32.csv")
+    spread = table.query("repair == 'none' and probability == 0.01")["accuracy"].std()
+    right = (1.96 * spread / 0.01) ** 2
+    typical = {
+        1.96 * spread / 0.01: "the half-width shrinks with the *square root* of the number of trials.",
+        right / 1.96**2: "that makes the standard error 1 point; half the 95% interval is 1.96 of it.",
+        right / 4: "±1 point is an interval of 2 points.",
+    }
+    return _number(answer, right, 0.03 * right, typical)
+
+
 CHECKS: dict[str, Check] = {
     "05-1": _words,
     "05-2": _falling_line,
     "05-3": _wider,
+    "06-1": _flips_that_show,
+    "06-2": _wrong_weights,
+    "06-3": _trials_for_a_point,
 }
 
 
