@@ -12,6 +12,16 @@ WRONG: dict[str, list[object]] = {
     "06-1": [14, 9, 32],
     "06-2": [0.32, 1.1, 0.01 * 0.01],
     "06-3": [24.24, 153, 147],
+    "07-1": [0.1, 0.01, 0.96, 0.904],
+    "07-2": [
+        lambda threshold, products: sum(abs(threshold + (1 << bit)) > products for bit in range(16)),
+        lambda threshold, products: 6,
+    ],
+    "07-3": [
+        lambda scale, shift: (min(max(scale, -1), 1), min(max(shift, -1), 1)),
+        lambda scale, shift: (scale, shift),
+        lambda scale, shift: (scale / 3, shift / 3),
+    ],
 }
 
 

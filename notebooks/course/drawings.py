@@ -140,3 +140,68 @@ def reading(image: NDArray[Any], right: NDArray[Any], wrong: NDArray[Any], score
     handles, words = far.get_legend_handles_labels()
     figure.legend(handles, words, loc="outside upper center", ncols=2, fontsize=9, title=title, title_fontsize=11)
     return figure
+
+
+def atlas(table: pd.DataFrame) -> Figure:
+    """Draw the accuracy after each single flip of a layer's floats: a panel a network, a row a number, a column a bit.
+
+    Args:
+        table: columns network (its word), kind (words), number (its index in the tensor), bit, accuracy.
+    """
+    parts = list(table.groupby("network", sort=False))
+    figure, axes = plt.subplots(1, len(parts), figsize=(1 + 3.4 * len(parts), 3.8), squeeze=False)
+    for axis, (name, own) in zip(axes.flat, parts):
+        grid = own.pivot_table(index=["kind", "number"], columns="bit", values="accuracy", sort=False)
+        kinds = grid.index.get_level_values("kind")
+        looks: Any = dict(cmap="cividis", vmin=0, vmax=table["accuracy"].max(), aspect="auto", interpolation="none")
+        drawn = axis.imshow(grid[sorted(grid, reverse=True)], **looks)
+        starts = [index for index in range(len(kinds)) if index == 0 or kinds[index] != kinds[index - 1]]
+        for start in starts[1:]:
+            axis.axhline(start - 0.5, color="w", lw=2)
+        middles = [(start + end - 1) / 2 for start, end in zip(starts, [*starts[1:], len(kinds)])]
+        axis.set_yticks(middles, [kinds[start] for start in starts], rotation=90, va="center")
+        for edge in (0.5, 8.5):  # sign | exponent | mantissa
+            axis.axvline(edge, color="w", lw=1, ls=":")
+        axis.set_xticks([0, 1, 8, 16, 24, 31], [31, 30, 23, 15, 7, 0])
+        axis.tick_params(length=0)
+        axis.set(title=name, xlabel="flipped bit")
+        axis.grid(False)
+    bar = figure.colorbar(drawn, ax=axes, label="accuracy after the flip (%)")
+    plotting.percent(bar.ax.yaxis)
+    return figure
+
+
+def one_bit(before: float, after: float, bit: int, said: pd.Series, title: str) -> Figure:
+    """Draw a stored float as 32 boxes with one bit flipped, and how often a network then says each class.
+
+    Args:
+        before, after: the number that was stored, and the one that is read.
+        bit: the position that flipped.
+        said: images by class name.
+        title: the finding.
+    """
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.4, 4.0), height_ratios=(1, 1.6))
+    shades = {"sign": "#9CCBEA", "exponent": "#F5D58A", "mantissa": "0.9"}
+    for row, number in enumerate((before, after)):
+        digits = f"{np.float32(number).view(np.uint32):032b}"
+        for place, digit in enumerate(digits):
+            part = "sign" if place == 0 else "exponent" if place < 9 else "mantissa"
+            hit = row == 1 and place == 31 - bit
+            box = dict(facecolor="#D55E00" if hit else shades[part], edgecolor="0.3", lw=0.6)
+            top.add_patch(plt.Rectangle((place, -1.3 * row), 1, 1, **box))
+            color, weight = ("w", "bold") if hit else ("k", "normal")
+            top.text(
+                place + 0.5, 0.5 - 1.3 * row, digit, ha="center", va="center", color=color, weight=weight, fontsize=9
+            )
+        top.text(32.4, 0.5 - 1.3 * row, f"= {number:.3g}", va="center", fontsize=9)
+    for place, part in ((0.5, "sign"), (5, "exponent"), (20.5, "mantissa")):
+        top.text(place, 1.2, part, ha="center", fontsize=9)
+    for row, word in enumerate(("stored", "read")):
+        top.text(-0.4, 0.5 - 1.3 * row, word, ha="right", va="center", fontsize=9)
+    top.set(xlim=(-3, 37), ylim=(-1.5, 2))
+    top.axis("off")
+    bottom.bar(said.index, said, color=plotting.color("damaged"))
+    bottom.set(ylabel="images classified so")
+    bottom.tick_params(axis="x", labelsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 
@@ -103,6 +104,47 @@ def _trials_for_a_point(answer: Any) -> str:
     return _number(answer, right, 0.03 * right, typical)
 
 
+# 07 Anatomy of damage
+
+
+def _explosion(answer: Any) -> str:
+    typical = {
+        0.1: "close, but probabilities of events that can happen together do not add up.",
+        0.01: "that is the probability for one of them.",
+        round(1 - 0.99**320, 3): "that counts all 32 bits of each; only bit 30 is meant.",
+        round(0.99**10, 3): "that is the probability that none flips.",
+    }
+    return _number(answer, 1 - 0.99**10, 0.002, typical)
+
+
+def _escapes(answer: Any) -> str:
+    for threshold, products in ((71, 864), (-73, 864), (800, 864), (0, 1728), (-1600, 1728), (5, 27)):
+        stored = np.array(threshold, np.int16)
+        flipped = [int(stored ^ np.uint16(1 << bit).astype(np.int16)) for bit in range(16)]
+        right, given = sum(abs(read) > products for read in flipped), answer(threshold, products)
+        if given != right:
+            added = sum(abs(threshold + (1 << bit)) > products for bit in range(16))
+            why = (
+                "A flip adds a power of two where the bit is 0, and takes it away where it is 1."
+                if given == added
+                else ""
+            )
+            return f"threshold {threshold} of {products:,} products gives {given}, not {right}. {why}"
+    return ""
+
+
+def _fits(answer: Any) -> str:
+    for scale, shift in ((0.5, -0.3), (2.0, 0.5), (1.5, -3.0), (-2.5, 1.0), (1.0, 1.0)):
+        one, other = (float(x) for x in answer(scale, shift))
+        if max(abs(one), abs(other)) > 1 + 1e-6:
+            return f"({scale:g}, {shift:g}) becomes ({one:g}, {other:g}), which is not within [-1, 1]."
+        if not math.isclose(other * scale, shift * one, abs_tol=1e-6) or one * scale <= 0:
+            return f"({scale:g}, {shift:g}) becomes ({one:g}, {other:g}): another ratio, so another threshold."
+        if max(abs(scale), abs(shift)) <= 1 and one != scale:
+            return f"({scale:g}, {shift:g}) fits already and should stay."
+    return ""
+
+
 CHECKS: dict[str, Check] = {
     "05-1": _words,
     "05-2": _falling_line,
@@ -110,6 +152,9 @@ CHECKS: dict[str, Check] = {
     "06-1": _flips_that_show,
     "06-2": _wrong_weights,
     "06-3": _trials_for_a_point,
+    "07-1": _explosion,
+    "07-2": _escapes,
+    "07-3": _fits,
 }
 
 
