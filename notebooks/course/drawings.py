@@ -162,7 +162,7 @@ def atlas(table: pd.DataFrame) -> Figure:
         axis.set_yticks(middles, [kinds[start] for start in starts], rotation=90, va="center")
         for edge in (0.5, 8.5):  # sign | exponent | mantissa
             axis.axvline(edge, color="w", lw=1, ls=":")
-        axis.set_xticks([0, 1, 8, 16, 24, 31], [31, 30, 23, 15, 7, 0])
+        axis.set_xticks([1, 8, 16, 24, 31], [30, 23, 15, 7, 0])
         axis.tick_params(length=0)
         axis.set(title=name, xlabel="flipped bit")
         axis.grid(False)
