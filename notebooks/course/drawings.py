@@ -149,7 +149,7 @@ def atlas(table: pd.DataFrame) -> Figure:
         table: columns network (its word), kind (words), number (its index in the tensor), bit, accuracy.
     """
     parts = list(table.groupby("network", sort=False))
-    figure, axes = plt.subplots(1, len(parts), figsize=(1 + 3.4 * len(parts), 3.8), squeeze=False)
+    figure, axes = plt.subplots(1, len(parts), figsize=(min(8.0, 1 + 3.4 * len(parts)), 3.8), squeeze=False)
     for axis, (name, own) in zip(axes.flat, parts):
         grid = own.pivot_table(index=["kind", "number"], columns="bit", values="accuracy", sort=False)
         kinds = grid.index.get_level_values("kind")
