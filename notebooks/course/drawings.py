@@ -187,15 +187,15 @@ def one_bit(before: float, after: float, bit: int, said: pd.Series, title: str) 
         for place, digit in enumerate(digits):
             part = "sign" if place == 0 else "exponent" if place < 9 else "mantissa"
             hit = row == 1 and place == 31 - bit
-            box = dict(facecolor="#D55E00" if hit else shades[part], edgecolor="0.3", lw=0.6)
+            box: Any = dict(facecolor="#D55E00" if hit else shades[part], edgecolor="0.3", lw=0.6)
             top.add_patch(plt.Rectangle((place, -1.3 * row), 1, 1, **box))
             color, weight = ("w", "bold") if hit else ("k", "normal")
             top.text(
                 place + 0.5, 0.5 - 1.3 * row, digit, ha="center", va="center", color=color, weight=weight, fontsize=9
             )
         top.text(32.4, 0.5 - 1.3 * row, f"= {number:.3g}", va="center", fontsize=9)
-    for place, part in ((0.5, "sign"), (5, "exponent"), (20.5, "mantissa")):
-        top.text(place, 1.2, part, ha="center", fontsize=9)
+    for middle, part in ((0.5, "sign"), (5.0, "exponent"), (20.5, "mantissa")):
+        top.text(middle, 1.2, part, ha="center", fontsize=9)
     for row, word in enumerate(("stored", "read")):
         top.text(-0.4, 0.5 - 1.3 * row, word, ha="right", va="center", fontsize=9)
     top.set(xlim=(-3, 37), ylim=(-1.5, 2))

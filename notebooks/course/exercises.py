@@ -47,8 +47,8 @@ def _words(answer: Any) -> str:
 
 def _falling_line(answer: Any) -> str:
     typical = {
-        32: "at 32 the line is below zero already: a line that falls is cut off by rounding down.",
-        -7: "the scale is negative: the bit is 1 *below* the crossing.",
+        32.0: "at 32 the line is below zero already: a line that falls is cut off by rounding down.",
+        -7.0: "the scale is negative: the bit is 1 *below* the crossing.",
     }
     return _number(answer, 31, 0, typical)
 
