@@ -221,6 +221,21 @@ def test_a_slider_draws_again_as_it_moves(monkeypatch):
     assert drawn == [1e-4, 1e-2]
 
 
+def test_a_click_on_a_bit_draws_again(monkeypatch):
+    monkeypatch.delenv("BNN_STATIC", raising=False)
+    shown, drawn = [], []
+    monkeypatch.setattr(tutorial, "display", shown.append)
+    tutorial.explore_bits(lambda bit: drawn.append(bit), start=30)
+    (box,) = shown
+    buttons = box.children[0]
+    assert [position for _, position in buttons.options] == list(range(31, -1, -1))
+    buttons.value = 0
+    assert drawn == [30, 0]
+    monkeypatch.setenv("BNN_STATIC", "1")
+    tutorial.explore_bits(drawn.append, start=23)
+    assert drawn == [30, 0, 23] and len(shown) == 1
+
+
 # Figures
 
 

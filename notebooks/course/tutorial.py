@@ -247,6 +247,28 @@ def explore(draw: Callable[[Any], object], name: str, values: Sequence[Any], sta
     display(ipywidgets.VBox([slider, ipywidgets.interactive_output(draw, {_argument(draw): slider})]))
 
 
+def explore_bits(draw: Callable[[Any], object], start: int = 30, bits: int = 32) -> None:
+    """Call `draw` with a bit position, and again with others as they are clicked: a button a bit, the highest first.
+
+    Where no reader sits before the notebook there are no buttons; see `explore`.
+
+    Args:
+        draw: draws a figure and shows it.
+        start: the position at first.
+        bits: of the number whose bits they are.
+    """
+    if os.environ.get("BNN_STATIC"):
+        draw(start)
+        return
+    import ipywidgets
+
+    positions = [(str(bit), bit) for bit in reversed(range(bits))]
+    buttons = ipywidgets.ToggleButtons(
+        options=positions, value=start, description="bit", style={"button_width": "2.6em"}
+    )
+    display(ipywidgets.VBox([buttons, ipywidgets.interactive_output(draw, {_argument(draw): buttons})]))
+
+
 def _argument(function: Callable[..., object]) -> str:
     return function.__code__.co_varnames[0]
 
