@@ -534,7 +534,7 @@ def test_too_few_pictures_for_a_validation_part(tmp_path):
 
 
 def test_wrong_names_and_paths(tmp_path):
-    with pytest.raises(DataError, match=r"unknown dataset 'cifar', expected one of digits, cifar10, .*images"):
+    with pytest.raises(DataError, match=r"unknown dataset 'cifar', expected one of digits, cifar10-sample, .*images"):
         load("cifar")
     for name in ("cifar10", "mnist", "images"):
         with pytest.raises(DataError, match=f"{name}: .*--data-path"):
