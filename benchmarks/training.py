@@ -32,7 +32,7 @@ from bnn_utils.layers import clamp_latent_weights
 from bnn_utils.models import MODELS, build
 from bnn_utils.plotting import label
 from bnn_utils.system import keep_freed_memory
-from bnn_utils.training import Evaluation, Recipe, _compiled, _optimizer, _train_epoch
+from bnn_utils.training import Evaluation, Recipe, Trainer
 
 Turn = Callable[[int], Evaluation]  # trains for so many steps
 
@@ -138,12 +138,11 @@ def plain_loop(model: nn.Module, data: Dataset, recipe: Recipe, workers: int) ->
 def library_loop(model: nn.Module, data: Dataset, recipe: Recipe) -> Turn:
     """Return the steps that `bnn_utils.training.train` takes; `model` and `data` lie on the device that trains."""
     model.to(memory_format=torch.channels_last)
-    network = _compiled(model) if recipe.compile else model
-    optimizer = _optimizer(model, recipe)
+    trainer = Trainer(model, recipe)
 
     def turn(steps: int) -> Evaluation:
         own = replace(data, train=data.train.limit(steps * recipe.batch_size))
-        return _train_epoch(model, network, own, recipe, 0, optimizer, False, None, progress=False)[0]
+        return trainer.epoch(own, 0, damaging=False, progress=False)[0]
 
     return turn
 

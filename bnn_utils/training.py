@@ -1,17 +1,15 @@
 """The published recipe, training for errors and from a teacher: watch the signs, keep the best epoch."""
 
-import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -27,22 +25,12 @@ from bnn_utils.layers import binarized_weights, clamp_latent_weights
 from bnn_utils.losses import distillation_loss, flipped_weights, margin_loss
 from bnn_utils.models import config_of, name_of, trained_on
 from bnn_utils.recipe import Recipe
-from bnn_utils.system import one_thread, progress_bar, write_beside
+from bnn_utils.system import progress_bar, write_beside
 
 FINAL_LR = 1e-5  # where the cosine schedule ends
 Forward = Callable[[Tensor], Tensor]  # what computes a model: the model itself, or a faster form of it
 STATE_FILE, HISTORY_FILE = "last.pt", "history.csv"
 _STATE = ("identity", "facts", "rows", "best", "damaging", "model", "optimizer")
-HISTORY = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "validation_loss",
-    "validation_accuracy",
-    "sign_flips",
-    "seconds",
-)
 # A run's identity leaves out what came later than the first recipes, where it is as it was then.
 _ALWAYS = ("epochs", "batch_size", "lr", "weight_decay", "optimizer", "precision", "seed")
 _LATER = {"binary": True} | {field.name: field.default for field in fields(Recipe) if field.name not in _ALWAYS}
@@ -50,18 +38,6 @@ _LATER = {"binary": True} | {field.name: field.default for field in fields(Recip
 
 def _signs(model: nn.Module) -> list[Tensor]:
     return [weight.detach() >= 0 for weight in binarized_weights(model).values()]
-
-
-def _flipped_share(before: list[Tensor], after: list[Tensor]) -> float:
-    weights = sum(signs.numel() for signs in after)
-    flipped = sum((old != new).sum() for old, new in zip(before, after, strict=True))
-    return float(flipped) / weights if weights else 0.0
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    return torch.optim.SGD(model.parameters(), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
 
 
 def _learning_rate(recipe: Recipe, progress: float) -> float:
@@ -95,109 +71,112 @@ def _statistics_kept(model: nn.Module, statistics: str) -> Iterator[None]:
             norm.track_running_stats = norm.training = True
 
 
-def _logits(network: Forward, x: Tensor, recipe: Recipe) -> Tensor:
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        logits = network(x)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # a loss of bfloat16 would be coarse
+class Trainer:
+    """Takes the steps of one training; the arguments are those of `train`."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        teacher: nn.Module | None = None,
+        after_step: Callable[[nn.Module], None] | None = None,
+    ):
+        self.model, self.recipe, self.teacher, self.after_step = model, recipe, teacher, after_step
+        averaged = parallel.averaging(model)
+        self.network: Forward = _compiled(averaged) if recipe.compile else averaged
+        self.optimizer: torch.optim.Optimizer
+        if recipe.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(
+                model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True
+            )
+        else:
+            self.optimizer = torch.optim.SGD(
+                model.parameters(), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
+            )
 
-def _forward(
-    network: Forward, x: Tensor, labels: Tensor, recipe: Recipe, taught: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the logits and the loss that is trained; `taught` are the teacher's logits."""
-    logits = _logits(network, x, recipe)
-    if recipe.loss == "margin":
-        return logits, margin_loss(logits, labels, recipe.margin)
-    loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-    if taught is None:
-        return logits, loss
-    distilled = distillation_loss(logits, taught, recipe.temperature)
-    return logits, (1 - recipe.teacher_share) * loss + recipe.teacher_share * distilled
+    def _logits(self, network: Forward, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = network(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # a loss of bfloat16 would be coarse
 
+    def _forward(self, x: Tensor, labels: Tensor, taught: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the logits and the loss that is trained; `taught` are the teacher's logits."""
+        recipe, logits = self.recipe, self._logits(self.network, x)
+        if recipe.loss == "margin":
+            return logits, margin_loss(logits, labels, recipe.margin)
+        loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        if taught is None:
+            return logits, loss
+        distilled = distillation_loss(logits, taught, recipe.temperature)
+        return logits, (1 - recipe.teacher_share) * loss + recipe.teacher_share * distilled
 
-def _backward(
-    model: nn.Module,
-    network: Forward,
-    x: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
-    errors: np.random.Generator | None,
-    taught: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Add a step's gradient, with `errors` the average of the clean and the damaged one; `network` computes `model`.
+    def _backward(self, x: Tensor, labels: Tensor, errors: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+        """Add a step's gradient: with `errors`, the average of the clean and the damaged one.
 
-    Returns:
-        The clean logits, and the loss whose gradient that is.
-    """
-    logits, loss = _forward(network, x, labels, recipe, taught)
-    if errors is None:
-        loss.backward()
-        return logits.detach(), loss.detach()
-    (loss / 2).backward()
-    # Running statistics are those of the clean network: they are error-free in memory, and computed once, before
-    # anything fails; a mixture with the statistics of many differently damaged networks would fit none of them.
-    flipped = flipped_weights(model, recipe.damage_rate, errors, recipe.damage_spare)
-    with flipped, _statistics_kept(model, recipe.damage_statistics):
-        _, damaged = _forward(network, x, labels, recipe, taught)
-        (damaged / 2).backward()
-    return logits.detach(), (loss + damaged).detach() / 2
-
-
-def _train_epoch(
-    model: nn.Module,
-    network: Forward,
-    data: Dataset,
-    recipe: Recipe,
-    epoch: int,
-    optimizer: torch.optim.Optimizer,
-    damaging: bool,
-    after_step: Callable[[nn.Module], None] | None,
-    progress: bool,
-    teacher: nn.Module | None = None,
-) -> tuple[Evaluation, float]:
-    """Train for one epoch; return its loss and accuracy, and the mean clean cross-entropy."""
-    train = data.train
-    device = train.labels.device
-    # All randomness of an epoch follows from the seed and its number, so a resumed run sees the same images.
-    (seed,) = np.random.SeedSequence([recipe.seed, epoch]).generate_state(1, np.uint32)
-    generator = torch.Generator().manual_seed(int(seed))
-    order = torch.randperm(len(train), generator=generator).to(device)
-    size = min(recipe.batch_size, len(train))
-    steps = len(train) // size
-    loss_sum = torch.zeros((), device=device)
-    entropy_sum = torch.zeros((), device=device)
-    right = torch.zeros((), device=device, dtype=torch.int64)
-    model.train()
-    batches = range(steps)
-    if progress:
-        batches = progress_bar(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}", unit="batch")
-    for step in batches:
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(recipe, (epoch + step / steps) / recipe.epochs)
-        chosen = order[step * size : (step + 1) * size]
-        pixels = augment(train.pixels[chosen], data.padding, data.flip, generator)
-        labels = parallel.share(train.labels[chosen])
-        x = train.normalized(parallel.share(pixels)).contiguous(memory_format=torch.channels_last)
-        optimizer.zero_grad(set_to_none=True)
-        errors = None
-        if damaging:
-            # A stream of its own for every step: a resumed run draws the errors of an uninterrupted one.
-            errors = np.random.default_rng(np.random.SeedSequence([recipe.seed, epoch], spawn_key=(step,)))
+        Returns:
+            The clean logits, and the loss whose gradient that is.
+        """
         taught = None
-        if teacher is not None:
+        if self.teacher is not None:
             with torch.no_grad():
-                taught = _logits(teacher, x, recipe)
-        logits, loss = _backward(model, network, x, labels, recipe, errors, taught)
-        optimizer.step()
-        clamp_latent_weights(model)
-        if after_step is not None:
-            after_step(model)
-        loss_sum += loss
-        entropy_sum += functional.cross_entropy(logits, labels)
-        right += (logits.argmax(1) == labels).sum()
-    shares = steps * parallel.processes()
-    accuracy = parallel.total(right).item() / (steps * size)
-    return Evaluation(parallel.total(loss_sum).item() / shares, accuracy), parallel.total(entropy_sum).item() / shares
+                taught = self._logits(self.teacher, x)
+        logits, loss = self._forward(x, labels, taught)
+        if errors is None:
+            loss.backward()
+            return logits.detach(), loss.detach()
+        (loss / 2).backward()
+        # Running statistics are those of the clean network: they are error-free in memory, and computed once, before
+        # anything fails; a mixture with the statistics of many differently damaged networks would fit none of them.
+        flipped = flipped_weights(self.model, self.recipe.damage_rate, errors, self.recipe.damage_spare)
+        with flipped, _statistics_kept(self.model, self.recipe.damage_statistics):
+            _, damaged = self._forward(x, labels, taught)
+            (damaged / 2).backward()
+        return logits.detach(), (loss + damaged).detach() / 2
+
+    def epoch(self, data: Dataset, number: int, damaging: bool, progress: bool) -> tuple[Evaluation, float]:
+        """Train for one epoch; return its loss and accuracy, and the mean clean cross-entropy.
+
+        Args:
+            data: on the device of the model.
+            number: of the epoch, from 0: of the learning rate, and of all that is random.
+            damaging: whether errors have begun.
+            progress: show a bar.
+        """
+        recipe, train = self.recipe, data.train
+        device = train.labels.device
+        # All randomness of an epoch follows from the seed and its number, so a resumed run sees the same images.
+        (seed,) = np.random.SeedSequence([recipe.seed, number]).generate_state(1, np.uint32)
+        generator = torch.Generator().manual_seed(int(seed))
+        order = torch.randperm(len(train), generator=generator).to(device)
+        size = min(recipe.batch_size, len(train))
+        steps = len(train) // size
+        loss_sum, entropy_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+        right = torch.zeros((), device=device, dtype=torch.int64)
+        self.model.train()
+        batches = range(steps)
+        if progress:
+            batches = progress_bar(batches, desc=f"epoch {number + 1}/{recipe.epochs}", unit="batch")
+        for step in batches:
+            for group in self.optimizer.param_groups:
+                group["lr"] = _learning_rate(recipe, (number + step / steps) / recipe.epochs)
+            chosen = order[step * size : (step + 1) * size]
+            pixels = augment(train.pixels[chosen], data.padding, data.flip, generator)
+            labels = parallel.share(train.labels[chosen])
+            x = train.normalized(parallel.share(pixels)).contiguous(memory_format=torch.channels_last)
+            self.optimizer.zero_grad(set_to_none=True)
+            # A stream of its own for every step: a resumed run draws the errors of an uninterrupted one.
+            stream = np.random.SeedSequence([recipe.seed, number], spawn_key=(step,))
+            logits, loss = self._backward(x, labels, np.random.default_rng(stream) if damaging else None)
+            self.optimizer.step()
+            clamp_latent_weights(self.model)
+            if self.after_step is not None:
+                self.after_step(self.model)
+            loss_sum += loss
+            entropy_sum += functional.cross_entropy(logits, labels)
+            right += (logits.argmax(1) == labels).sum()
+        trained, entropy, correct = (parallel.total(x).item() for x in (loss_sum, entropy_sum, right))
+        shares = steps * parallel.processes()
+        return Evaluation(trained / shares, correct / (steps * size)), entropy / shares
 
 
 def _identity(model: nn.Module, data: Dataset, recipe: Recipe, teacher: nn.Module | None) -> dict[str, Any]:
@@ -206,10 +185,6 @@ def _identity(model: nn.Module, data: Dataset, recipe: Recipe, teacher: nn.Modul
     told = {key: value for key, value in asdict(recipe).items() if key not in _LATER or value != _LATER[key]}
     taught = {} if teacher is None else {"teacher": checksum("", teacher.state_dict())[:12]}
     return {**network, "dataset": data.name, "train_images": len(data.train), **told, **taught}
-
-
-def _score(row: dict[str, Any]) -> tuple[float, float]:
-    return row["validation_accuracy"], -row["validation_loss"]
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -319,26 +294,26 @@ def train(
     facts = {"dataset": data.name, **data.train.facts, "recipe": asdict(recipe)}
     if (config := config_of(model)) is not None:  # so that `bnn_utils.checkpoints.load` can build it
         facts |= {"network": name_of(model), "config": dict(config)}
-    optimizer = _optimizer(model, recipe)
     batch = min(recipe.batch_size, len(data.train))
     if batch % parallel.processes():
         raise ValueError(f"a batch of {batch} images has no equal shares for {parallel.processes()} processes")
-    averaged = parallel.averaging(model)
-    network: Forward = _compiled(averaged) if recipe.compile else averaged
+    trainer = Trainer(model, recipe, teacher, after_step)
+    weights = sum(weight.numel() for weight in binarized_weights(model).values())
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
     damaging = False
+    folder = None if folder is None else Path(folder)
     if resume:
         if folder is None:
             raise ValueError("resume needs the folder of the run")
-        state = _resume(Path(folder) / STATE_FILE, identity)
+        state = _resume(folder / STATE_FILE, identity)
         data.train.check_trained(state["facts"])
         facts |= {key: value for key, value in state["facts"].items() if key == "extended"}
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
         rows, damaging, best = state["rows"], state["damaging"], state["best"]
     elif folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     if not parallel.first():  # one writes; not before all have read, since its first epoch takes all of them
         folder = on_best = on_epoch = None
         progress = False
@@ -347,10 +322,8 @@ def train(
         started = time.perf_counter()
         signs = _signs(model)
         with parallel.whole_batch_norm(model):
-            trained, entropy = _train_epoch(
-                model, network, data, recipe, epoch, optimizer, damaging, after_step, progress, teacher
-            )
-        flipped = _flipped_share(signs, _signs(model))
+            trained, entropy = trainer.epoch(data, epoch, damaging, progress)
+        flipped = sum(int((old != new).sum()) for old, new in zip(signs, _signs(model), strict=True))
         validated = evaluate(model, data.validation)
         row = dict(
             epoch=epoch + 1,
@@ -359,95 +332,27 @@ def train(
             train_accuracy=trained.accuracy,
             validation_loss=validated.loss,
             validation_accuracy=validated.accuracy,
-            sign_flips=flipped,
+            sign_flips=flipped / weights if weights else 0.0,
             seconds=time.perf_counter() - started,
         )
         row = parallel.of_the_first(row)  # on machines that differ, all choose the same epoch
         rows.append(row)
-        score = (damaging, *_score(row))
-        improved = not best or score > (best["damaging"], *best["score"])
-        if improved:
-            best = dict(epoch=epoch + 1, damaging=damaging, score=_score(row))
-            best["state"] = {key: value.clone() for key, value in model.state_dict().items()}
+        score = (row["validation_accuracy"], -row["validation_loss"])
+        if not best or (damaging, *score) > (best["damaging"], *best["score"]):
+            state = {key: value.clone() for key, value in model.state_dict().items()}
+            best = dict(epoch=epoch + 1, damaging=damaging, score=score, state=state)
             if on_best is not None:
                 on_best(model, row)
         damaging = damaging or (recipe.damage_rate > 0 and entropy < recipe.damage_below)
         if folder is not None:
-            told = (identity, facts, rows, best, damaging, model.state_dict(), optimizer.state_dict())
-            state = dict(zip(_STATE, told, strict=True))
-            write_beside(Path(folder) / STATE_FILE, partial(torch.save, state))
-            write_beside(Path(folder) / HISTORY_FILE, partial(pd.DataFrame(rows).to_csv, index=False))
+            told = (identity, facts, rows, best, damaging, model.state_dict(), trainer.optimizer.state_dict())
+            write_beside(folder / STATE_FILE, partial(torch.save, dict(zip(_STATE, told, strict=True))))
+            write_beside(folder / HISTORY_FILE, partial(pd.DataFrame(rows).to_csv, index=False))
         if on_epoch is not None:
             on_epoch(row)
 
     model.load_state_dict(best["state"])
     model.eval()
-    history = pd.DataFrame(rows, columns=list(HISTORY))
+    history = pd.DataFrame(rows)
     history.attrs["best_epoch"] = best["epoch"]
     return history
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training of an experiment of many.
-
-    Attributes:
-        columns: what tells it from the others, as the table's columns: {"last": "none", "seed": 0}.
-        model: the network, untrained, on the device of the data.
-        recipe: how it is trained.
-        after_step, teacher: see `train`; they travel to the worker as they are.
-    """
-
-    columns: dict[str, Any]
-    model: nn.Module
-    recipe: Recipe
-    after_step: Callable[[nn.Module], None] | None = None
-    teacher: nn.Module | None = None
-
-
-def _train_job(job: Job, data: Dataset) -> tuple[nn.Module, pd.DataFrame]:
-    model = copy.deepcopy(job.model)
-    with one_thread():  # sums depend on how they are split, so here and in a worker alike
-        history = train(model, data, job.recipe, after_step=job.after_step, teacher=job.teacher, progress=False)
-    for position, (name, value) in enumerate(job.columns.items()):
-        history.insert(position, name, value)
-    return model, history
-
-
-def train_many(
-    jobs: Sequence[Job], data: Dataset, workers: int = 2, models: list[nn.Module] | None = None
-) -> pd.DataFrame:
-    """Train many small networks, several at a time, and return all their histories as one table.
-
-    Each training computes with one thread, so that the result does not depend on the number of workers. The
-    networks of the jobs stay as they are.
-
-    Args:
-        jobs: the trainings; networks, columns and data travel to the workers, so keep them small.
-        data: for all of them; on a GPU they run one after another, whatever `workers` says.
-        workers: processes, at least 1; 1 trains in this one.
-        models: a list to which the trained networks are added, in the order of `jobs`; None drops them.
-
-    Returns:
-        The job's columns, then those of `train`; a row a job and epoch, in the order of `jobs`.
-
-    Raises:
-        ValueError: no jobs, no workers, or a column that the history of `train` has already.
-    """
-    if not jobs:
-        raise ValueError("jobs must hold at least one training")
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    taken = sorted({name for job in jobs for name in job.columns} & set(HISTORY))
-    if taken:
-        raise ValueError(f"columns of the history itself cannot tell jobs apart: {', '.join(taken)}")
-    if data.train.labels.device.type != "cpu":
-        workers = 1
-    pool = joblib.Parallel(n_jobs=min(workers, len(jobs)), return_as="generator")
-    trained = pool(joblib.delayed(_train_job)(job, data) for job in jobs)
-    histories = []
-    for model, history in progress_bar(trained, total=len(jobs), desc="trainings"):
-        histories.append(history)
-        if models is not None:
-            models.append(model)
-    return pd.concat(histories, ignore_index=True)

@@ -1,4 +1,4 @@
-"""Training: the recipe, what it keeps and chooses, resuming, errors, evaluation, and many trainings at once."""
+"""Training: the recipe, what it keeps and chooses, resuming, errors and evaluation."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ from bnn_utils.layers import BinarizeLinear, binarized_weights
 from bnn_utils.losses import distillation_loss, flipped_weights, margin_loss
 from bnn_utils.models import build
 from bnn_utils.statistics import mean_interval
-from bnn_utils.training import Job, Recipe, train, train_many
+from bnn_utils.training import Recipe, train
 
 SMALL = Recipe(epochs=3, batch_size=32, lr=1e-2)
 WITH_ERRORS = replace(SMALL, damage_rate=0.1, damage_below=100.0)  # from the second epoch on
@@ -1015,10 +1015,10 @@ def test_evaluate_against_numpy(few):
     train(model, few, SMALL)
     logits = by_hand(model, few.validation)
     labels = few.validation.labels.numpy()
-    assert predict(model, few.validation, batch_size=33).numpy() == pytest.approx(logits, abs=1e-3)
+    assert predict(model, few.validation).numpy() == pytest.approx(logits, abs=1e-3)
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
-    loss, accuracy = evaluate(model, few.validation, batch_size=33)
+    loss, accuracy = evaluate(model, few.validation)
     assert loss == pytest.approx(-np.log(shares[np.arange(len(labels)), labels]).mean(), abs=1e-3)
     assert accuracy == np.mean(logits.argmax(1) == labels)
 
@@ -1056,7 +1056,7 @@ def test_predict_leaves_the_mode_and_statistics_alone(few, training):
     logits = predict(model, few.validation)
     assert model.training is training and not logits.requires_grad
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert torch.allclose(logits, predict(model, few.validation, batch_size=7), atol=1e-5)
+    assert torch.allclose(logits, predict(model, few.validation), atol=1e-5)
 
     def broken(*_):
         raise Stopped
@@ -1065,85 +1065,3 @@ def test_predict_leaves_the_mode_and_statistics_alone(few, training):
     with pytest.raises(Stopped):
         predict(model, few.validation)
     assert model.training is training
-
-
-# ---------------------------------------------------------------- many trainings
-
-
-def jobs():
-    return [Job(dict(kind="a", trial=seed), network(seed), replace(SMALL, epochs=2, seed=seed)) for seed in range(3)]
-
-
-def test_train_many_is_the_trainings_one_by_one(few, capfd):
-    threads = torch.get_num_threads()
-    serial = train_many(jobs(), few, workers=1)
-    assert torch.get_num_threads() == threads
-    parallel = train_many(jobs(), few, workers=2)
-    pd.testing.assert_frame_equal(without_time(serial), without_time(parallel), check_exact=True)
-    assert list(serial) == ["kind", "trial", *ROW]
-    assert list(serial.trial) == [0, 0, 1, 1, 2, 2] and list(serial.epoch) == [1, 2] * 3
-    torch.set_num_threads(1)
-    try:
-        alone = [train(job.model, few, job.recipe) for job in jobs()]
-    finally:
-        torch.set_num_threads(threads)
-    alone = without_time(pd.concat(alone, ignore_index=True))
-    pd.testing.assert_frame_equal(without_time(serial)[list(alone)], alone, check_exact=True)
-    assert capfd.readouterr().out == ""
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_train_many_hands_over_the_trained_networks(few, workers):
-    models = []
-    train_many(jobs(), few, workers=workers, models=models)
-    for job, model in zip(jobs(), models, strict=True):
-        alone = job.model
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            train(alone, few, job.recipe)
-        finally:
-            torch.set_num_threads(threads)
-        assert same_state(model, alone) and not model.training
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_train_many_calls_after_every_step(few, workers):
-    def freeze(model):
-        with torch.no_grad():
-            for weight in binarized_weights(model).values():
-                weight.fill_(0.5)
-
-    models = []
-    train_many([replace(job, after_step=freeze) for job in jobs()], few, workers=workers, models=models)
-    assert all((weight == 0.5).all() for model in models for weight in binarized_weights(model).values())
-
-
-def test_train_many_with_teachers(few):
-    taught = [
-        replace(job, recipe=replace(TAUGHT, epochs=2), teacher=float_teacher(seed)) for seed, job in enumerate(jobs())
-    ]
-    serial, parallel = (train_many(taught, few, workers=workers) for workers in (1, 2))
-    pd.testing.assert_frame_equal(without_time(serial), without_time(parallel), check_exact=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        alone = [train(job.model, few, job.recipe, teacher=job.teacher).train_loss for job in taught]
-    finally:
-        torch.set_num_threads(threads)
-    assert list(serial.train_loss) == list(pd.concat(alone))
-
-
-def test_train_many_leaves_the_networks_as_they_are(few):
-    job = jobs()[0]
-    train_many([job], few, workers=1)
-    assert same_state(job.model, network(0)) and job.model.training
-
-
-def test_train_many_names_what_is_wrong(few):
-    with pytest.raises(ValueError, match="jobs"):
-        train_many([], few)
-    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
-        train_many(jobs(), few, workers=0)
-    with pytest.raises(ValueError, match=r"columns of the history itself .*: epoch, lr"):
-        train_many([Job(dict(lr=1, epoch=1, kind="a"), small_net(), SMALL)], few, workers=1)

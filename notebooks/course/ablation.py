@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bnn_utils.data import Dataset
 from bnn_utils.recipe import Recipe
 from bnn_utils.system import write_beside
-from bnn_utils.training import Job, train_many
+from course.experiments import Job, train_many
 from course.tutorial import Settings, start
 
 TABLE = Path(__file__).with_suffix(".csv")

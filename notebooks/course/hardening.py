@@ -16,8 +16,8 @@ from torch import nn
 
 from bnn_utils import campaign, faults
 from bnn_utils.system import write_beside
-from bnn_utils.training import Job, train_many
 from course.ablation import SEEDS, network
+from course.experiments import Job, train_many
 from course.tutorial import start
 
 HISTORIES = Path(__file__).with_name("hardening-histories.csv")  # a row an epoch of a training
