@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml
 	@echo "Installing the course into $(VENV) (once; about 2 minutes and 6 GB, most of it PyTorch)"
 	@rm -f $(STAMP)
 	$(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install --disable-pip-version-check --quiet --editable ".[lab,test]"
+	@$(RUN) -m pip install --disable-pip-version-check --quiet --quiet --editable ".[lab,test]"
 	@touch $(STAMP)
 
 notebooks: $(STAMP)
