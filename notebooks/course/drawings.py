@@ -98,12 +98,14 @@ def packed_filter(table: pd.DataFrame) -> Figure:
     words.set_xticks(bits - 1 - shown, shown)
     words.set_yticks(range(taps), range(taps))
     unused = "; grey: unused" if np.isnan(signs).any() else ""
-    words.set(title=f"all channels (light: +1, bit 1; dark: −1, bit 0{unused})", ylabel="tap")
+    words.set(title=f"channels 0 to {bits - 1} (light: +1, bit 1; dark: −1, bit 0{unused})", ylabel="tap")
     words.set_xlabel("bit of the word = input channel")
     for axis in (square, words):
         axis.grid(False)
         axis.spines[:].set_visible(False)
-    figure.suptitle(f"{np.isfinite(signs).sum()} signs of a filter fit into {taps} words", fontsize=11)
+    figure.suptitle(
+        f"The first {bits} channels of a filter: {np.isfinite(signs).sum()} signs in {taps} words", fontsize=11
+    )
     return figure
 
 
@@ -151,7 +153,9 @@ def reading(image: NDArray[Any], right: NDArray[Any], wrong: NDArray[Any], score
     middle.imshow(bits[:, ::-1], cmap="cividis", alpha=0.35, aspect="auto", interpolation="none")
     flipped = np.argwhere(different)
     middle.plot(63 - flipped[:, 1], flipped[:, 0], "X", color="#D55E00", mec="k", mew=0.5, ms=7)
-    middle.set(xticks=[], yticks=[], title=f"bits of one filter: {len(flipped)} flipped", xlabel=f"{bits.size:,} bits")
+    middle.set(
+        xticks=[], yticks=[], title=f"a part of one filter: {len(flipped)} flipped", xlabel=f"{bits.size:,} of its bits"
+    )
     places = np.arange(len(scores))
     for shift, (name, style) in zip((-0.2, 0.2), (("undamaged", "0.75"), ("damaged", plotting.color("damaged")))):
         far.barh(places + shift, scores[name], height=0.4, color=style, edgecolor="0.3", lw=0.5, label=name)
@@ -268,7 +272,7 @@ def variants(ends: pd.DataFrame, mine: pd.DataFrame) -> Figure:
     for row, words in ((1.5, "in the place of the\nlast BatchNorm"), (4.0, "in the place of\nevery BatchNorm")):
         axis.text(0.02, row, words, va="center", color="0.4")
     axis.axhline(3.5, color="0.7", lw=0.8)
-    axis.legend(loc="upper left", fontsize=9)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
     plotting.percent(axis.xaxis)
     return figure
 
@@ -315,8 +319,12 @@ def points_against_bits(table: pd.DataFrame, mine: pd.DataFrame) -> Figure:
         theirs = mine[mine["network"] == own["network"].iloc[0]]
         if len(theirs):
             axis.plot(theirs["bits"] / 1e6, theirs["points"].clip(lower=0), "kx", ms=5, label="your trials")
-            axis.legend(loc="upper right", fontsize=9)
-        axis.set(xlabel="stored bits (millions)", ylabel="accuracy lost at p = 0.01 (points)", ylim=(-0.2, 150))
+            axis.text(0.97, 0.95, "crosses: your trials", ha="right", transform=axis.transAxes, fontsize=9)
+        axis.set(
+            xlabel="stored bits (millions; once, twice, three times the bare network)",
+            ylabel="accuracy lost at p = 0.01 (points)",
+            ylim=(-0.2, 150),
+        )
         axis.yaxis.set_major_formatter("{x:g}")
         ticks = [own["bits"].min() / 1e6 * factor for factor in (1, 2, 3)]
         axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
@@ -351,7 +359,12 @@ def never_undone(table: pd.DataFrame) -> Figure:
         table: columns training, epoch and validation_accuracy.
     """
     figure, axis = plt.subplots(figsize=(6.2, 3.4))
-    words = table["training"].replace("p = 0.04", "undone, p = 0.04")
+    said = {
+        "p = 0.04": "undone: 4 weights in 100 a step",
+        "never undone, weights": "stay: 1 weight in 1,000 a step",
+        "never undone, all but weights": "stay: 1 number in 1,000, BatchNorm and biases",
+    }
+    words = table["training"].replace(said)
     how: Any = dict(hue=words, style=words, errorbar=plotting.interval, markers=True, dashes=False, ms=5)
     sns.lineplot(table, x="epoch", y="validation_accuracy", ax=axis, **how)
     axis.set(ylabel="validation accuracy (%)", ylim=(0, 1), title="Flips that stay undo what was learned")
