@@ -321,7 +321,7 @@ def points_against_bits(table: pd.DataFrame, mine: pd.DataFrame) -> Figure:
             axis.plot(theirs["bits"] / 1e6, theirs["points"].clip(lower=0), "kx", ms=5, label="your trials")
             axis.text(0.97, 0.95, "crosses: your trials", ha="right", transform=axis.transAxes, fontsize=9)
         axis.set(
-            xlabel="stored bits (millions; once, twice, three times the bare network)",
+            xlabel="stored bits (millions)",
             ylabel="accuracy lost at p = 0.01 (points)",
             ylim=(-0.2, 150),
         )
