@@ -191,7 +191,7 @@ answer = {answer}
 </details>"""
 CHECK = """\
 from IPython.display import Markdown
-check = lambda answer: Markdown("**Right.**" if answer == 2 else "**Not yet.**")
+check = lambda answer: Markdown("open" if answer is ... else "**Right.**" if answer == 2 else "**Not yet.**")
 answer = ...
 check(answer)"""
 
@@ -206,6 +206,8 @@ def test_solutions_are_held_against_their_checks(tmp_path, answer, status):
     done = command(tmp_path, "run", "--solve")
     assert done.returncode == status
     assert ("refuses its solution" in done.stderr) == bool(status)
+    cells = nbformat.read(tmp_path / "executed/quick/01_exercise.ipynb", as_version=4).cells
+    assert cells[1].source == CHECK and cells[1].execution_count == 1 and "Not yet" not in str(cells[1].outputs)
 
 
 def test_the_course_map_leads_to_the_other_notebooks(tmp_path):

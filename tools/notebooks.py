@@ -13,6 +13,7 @@ name or a path.
 """
 
 import argparse
+import copy
 import csv
 import hashlib
 import logging
@@ -237,11 +238,13 @@ def execute(
                     raise Cancelled
                 line.cells = f"{done:>3}/{len(cells)} cells"
                 run_cell(client, index, cell, path.name)
+            kept = copy.deepcopy(notebook.cells)  # the client puts what it executes into the notebook
             for index, source in solutions(notebook) if solve else []:
                 cell = nbformat.v4.new_code_cell(source)
                 run_cell(client, index, cell, path.name)
                 if "**Right.**" not in str(cell.outputs):
                     raise Stop(f"{path.name}: the check of cell {index + 1} refuses its solution:\n    {cell.outputs}")
+            notebook.cells = kept
     except BaseException:
         line.end("stopped")
         raise
