@@ -53,9 +53,6 @@ COLORS = {
     "VGG": "#0072B2",
     "ResNet": "#E69F00",
     "Bi-Real ResNet": "#117733",
-    "without shortcuts": "#009E73",
-    "branch normalized": "#882255",
-    "normalized, no shortcuts": "#56B4E9",
     "damaged": "#0072B2",
     "damaged, then clipped": "#D55E00",
     "train": "#56B4E9",
@@ -178,25 +175,6 @@ def training_curves(history: pd.DataFrame) -> Figure:
     axes[1].set(xlabel="epoch", ylabel="accuracy (%)")
     percent(axes[1].yaxis)
     axes[1].legend()
-    return figure
-
-
-def seed_curves(history: pd.DataFrame) -> Figure:
-    """Draw validation accuracy and sign flips per epoch, mean over seeds with its 95% interval as a band.
-
-    Args:
-        history: histories of `training.train` with columns network and seed.
-    """
-    figure, axes = plt.subplots(1, 2)
-    table = worded(history)
-    how: Any = dict(x="epoch", hue="network", palette=palette(table["network"]), errorbar=interval)
-    sns.lineplot(table, y="validation_accuracy", ax=axes[0], **how)
-    sns.lineplot(table, y="sign_flips", ax=axes[1], legend=False, **how)
-    axes[0].set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 1))
-    lowest = table.groupby(["network", "epoch"])["sign_flips"].mean().min()
-    axes[1].set(xlabel="epoch", ylabel="weights that changed sign (%)", yscale="log", ylim=(lowest / 2, None))
-    percent(axes[0].yaxis, axes[1].yaxis)
-    axes[0].legend(loc="lower right", fontsize=8)
     return figure
 
 

@@ -172,20 +172,6 @@ def test_training_curves_of_two_networks():
     assert words(accuracy) == [f"{word}, {part}" for word in NETWORKS.values() for part in ("train", "validation")]
 
 
-def test_seed_curves():
-    names, rng = ["resnet_binary", "without shortcuts"], np.random.default_rng(1)
-    table = pd.concat(history(network=name, seed=seed) for name, seed in product(names, range(4)))
-    table[["validation_accuracy", "sign_flips"]] = rng.uniform(0.4, 0.6, (len(table), 2))
-    axes = finished(plotting.seed_curves(table))
-    assert axes[1].get_yscale() == "log"
-    for (axis, value), name in product(zip(axes, ("validation_accuracy", "sign_flips")), names):
-        groups = table[table["network"] == name].groupby("epoch")[value]
-        close(lines(axis, plotting.color(name)), [[[1, 2, 3], groups.mean()]])
-        (own,) = bands(axis, plotting.color(name))
-        for epoch, values in groups:
-            close(own[epoch], [values.mean() - half(values), values.mean() + half(values)])
-
-
 # Damage
 
 

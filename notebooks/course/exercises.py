@@ -17,8 +17,13 @@ from bnn_utils.models import BiRealUnit
 Check = Callable[[Any], str]  # from an answer to what is wrong with it, in a sentence; empty if it is right
 
 
-def _number(answer: Any, right: float, within: float, typical: dict[float, str] | None = None) -> str:
-    """Compare a number with the right one; `typical` are wrong ones with what to say to them."""
+def _number(
+    answer: Any, right: float, within: float, typical: dict[float, str] | None = None, large: str = "", small: str = ""
+) -> str:
+    """Compare a number with the right one.
+
+    `typical` are wrong ones with what to say to them; `large` and `small` are said to others that are that.
+    """
     try:
         value = float(answer)
     except (TypeError, ValueError):
@@ -28,7 +33,8 @@ def _number(answer: Any, right: float, within: float, typical: dict[float, str] 
     for wrong, remark in (typical or {}).items():
         if abs(value - wrong) <= within:
             return remark
-    return f"{value:g} is too {'large' if value > right else 'small'}."
+    said = f"{value:g} is too large. {large}" if value > right else f"{value:g} is too small. {small}"
+    return said.rstrip()
 
 
 # ---------------------------------------------------------------- 01 Binarization
@@ -66,8 +72,8 @@ def _masked_dot(answer: Any) -> str:
 
 
 def _points_of_sizes(answer: Any) -> str:
-    problem = _number(answer, 0, 1e-6)
-    return f"{problem} The forward pass reads only the signs, and these stay." if "too" in problem else problem
+    why = "The forward pass reads only the signs, and these stay."
+    return _number(answer, 0, 1e-6, large=why, small=why)
 
 
 def _floor_of_100_classes(answer: Any) -> str:
@@ -80,10 +86,8 @@ def _floor_of_100_classes(answer: Any) -> str:
 
 
 def _flips_of_small_steps(answer: Any) -> str:
-    problem = _number(answer, 0.025, 0.0249)
-    if "large" in problem:
-        return f"{problem} Was the learning rate 100 times smaller, and is this a share rather than a percentage?"
-    return problem
+    why = "Was the learning rate 100 times smaller, and is this a share rather than a percentage?"
+    return _number(answer, 0.025, 0.0249, large=why)
 
 
 # ---------------------------------------------------------------- 03 ResNets
@@ -111,10 +115,8 @@ def _shortcut_without_weights(answer: Any) -> str:
 
 
 def _gradient_through_depth(answer: Any) -> str:
-    problem = _number(answer, 0.011, 0.009)
-    if "large" in problem:
-        return f"{problem} A part gets lost in each block, and there are more than twice as many as at depth 18."
-    return problem
+    why = "A part gets lost in each block, and there are more than twice as many as at depth 18."
+    return _number(answer, 0.011, 0.009, large=why)
 
 
 # ---------------------------------------------------------------- 04 What makes BNNs train
@@ -141,7 +143,7 @@ def _steps_to_flip(answer: Any) -> str:
     return ""
 
 
-# 05 One bit per weight
+# ---------------------------------------------------------------- 05 One bit per weight
 
 
 def _words(answer: Any) -> str:
@@ -184,7 +186,7 @@ def _wider(answer: Any) -> str:
     return _number(answer, _vgg_others(0.5) / _vgg_others(0.25), 0.004, typical)
 
 
-# 06 Damage
+# ---------------------------------------------------------------- 06 Damage
 
 
 def _flips_that_show(answer: Any) -> str:
@@ -217,7 +219,7 @@ def _trials_for_a_point(answer: Any) -> str:
     return _number(answer, right, 0.03 * right, typical)
 
 
-# 07 Anatomy of damage
+# ---------------------------------------------------------------- 07 Anatomy of damage
 
 
 def _explosion(answer: Any) -> str:

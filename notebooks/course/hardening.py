@@ -1,6 +1,6 @@
 """The trainings with errors of notebook 08: which of them there are, and the tables of all, at ten seeds.
 
-cd notebooks && python -m course.hardening      makes hardening-*.csv anew (about 15 minutes on one core)
+cd notebooks && python -m course.hardening      makes hardening-*.csv anew (50 small trainings)
 """
 
 from collections.abc import Callable

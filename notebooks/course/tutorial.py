@@ -237,14 +237,8 @@ def explore(draw: Callable[[Any], object], name: str, values: Sequence[Any], sta
         values: to choose from.
         start: the position of the first.
     """
-    if os.environ.get("BNN_STATIC"):
-        draw(values[start])
-        return
-    import ipywidgets
-
-    slider = ipywidgets.SelectionSlider(options=list(values), value=values[start], description=name)
-    slider.style.description_width = "initial"
-    display(ipywidgets.VBox([slider, ipywidgets.interactive_output(draw, {_argument(draw): slider})]))
+    style = {"description_width": "initial"}
+    _explore(draw, values[start], "SelectionSlider", options=list(values), description=name, style=style)
 
 
 def explore_bits(draw: Callable[[Any], object], start: int = 30, bits: int = 32) -> None:
@@ -257,20 +251,19 @@ def explore_bits(draw: Callable[[Any], object], start: int = 30, bits: int = 32)
         start: the position at first.
         bits: of the number whose bits they are.
     """
+    positions = [(str(bit), bit) for bit in reversed(range(bits))]
+    _explore(draw, start, "ToggleButtons", options=positions, description="bit", style={"button_width": "2.6em"})
+
+
+def _explore(draw: Callable[[Any], object], first: Any, widget: str, **options: Any) -> None:
     if os.environ.get("BNN_STATIC"):
-        draw(start)
+        draw(first)
         return
     import ipywidgets
 
-    positions = [(str(bit), bit) for bit in reversed(range(bits))]
-    buttons = ipywidgets.ToggleButtons(
-        options=positions, value=start, description="bit", style={"button_width": "2.6em"}
-    )
-    display(ipywidgets.VBox([buttons, ipywidgets.interactive_output(draw, {_argument(draw): buttons})]))
-
-
-def _argument(function: Callable[..., object]) -> str:
-    return function.__code__.co_varnames[0]
+    chooser = getattr(ipywidgets, widget)(value=first, **options)
+    argument = draw.__code__.co_varnames[0]
+    display(ipywidgets.VBox([chooser, ipywidgets.interactive_output(draw, {argument: chooser})]))
 
 
 def _folder(variable: str, default: Path) -> Path:
