@@ -1015,10 +1015,10 @@ def test_evaluate_against_numpy(few):
     train(model, few, SMALL)
     logits = by_hand(model, few.validation)
     labels = few.validation.labels.numpy()
-    assert predict(model, few.validation).numpy() == pytest.approx(logits, abs=1e-3)
+    assert predict(model, few.validation, batch_size=33).numpy() == pytest.approx(logits, abs=1e-3)
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
-    loss, accuracy = evaluate(model, few.validation)
+    loss, accuracy = evaluate(model, few.validation, batch_size=33)
     assert loss == pytest.approx(-np.log(shares[np.arange(len(labels)), labels]).mean(), abs=1e-3)
     assert accuracy == np.mean(logits.argmax(1) == labels)
 
@@ -1056,7 +1056,7 @@ def test_predict_leaves_the_mode_and_statistics_alone(few, training):
     logits = predict(model, few.validation)
     assert model.training is training and not logits.requires_grad
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert torch.allclose(logits, predict(model, few.validation), atol=1e-5)
+    assert torch.allclose(logits, predict(model, few.validation, batch_size=7), atol=1e-5)
 
     def broken(*_):
         raise Stopped

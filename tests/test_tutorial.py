@@ -251,6 +251,13 @@ def test_a_figure_is_three_files(table):
     assert ElementTree.parse(files["05-accuracy-vs-probability.svg"]).getroot().tag.endswith("svg")
 
 
+def test_a_figure_of_several_tables_tells_them_apart(table):
+    settings = start()
+    settings.save_figure("05-a", drawn(table), {"shipped": table, "yours": table.iloc[:1].assign(z=5)})
+    written = pd.read_csv(settings.figures / "05-a.csv")
+    assert list(written["whose"]) == ["shipped"] * 3 + ["yours"] and written["z"].dropna().tolist() == [5]
+
+
 @pytest.mark.parametrize(("source", "says"), [("", "digits"), ("a benchmark", "a benchmark")])
 def test_a_figure_says_what_it_was_drawn_from(table, source, says):
     settings = start()

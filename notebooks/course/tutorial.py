@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -193,7 +193,9 @@ class Settings:
             raise ValueError(f"{path}: has no trials at some of these probabilities with some of these repairs")
         return wanted.reset_index(drop=True)
 
-    def save_figure(self, name: str, figure: Figure, table: pd.DataFrame, source: str = "") -> None:
+    def save_figure(
+        self, name: str, figure: Figure, table: pd.DataFrame | Mapping[str, pd.DataFrame], source: str = ""
+    ) -> None:
         """Show a figure, and write it as PNG and SVG, and the table that it was drawn from as CSV, under one name.
 
         Below the figure it says what it was drawn from; what it shows, in words, is the caption in figures.csv.
@@ -201,7 +203,8 @@ class Settings:
         Args:
             name: two digits of the notebook, then words joined by hyphens: "06-accuracy-vs-probability".
             figure: what was drawn.
-            table: what it was drawn from, not empty.
+            table: what it was drawn from, not empty; of several tables, by whose they are ("shipped", "yours"), one is
+                made that tells it in a column.
             source: in words, where the table comes from; empty is the notebook's data.
 
         Raises:
@@ -209,6 +212,8 @@ class Settings:
         """
         if not re.fullmatch(r"\d\d(-[a-z0-9]+)+", name):
             raise ValueError(f"figure name {name!r} is not two digits and words joined by hyphens")
+        if not isinstance(table, pd.DataFrame):
+            table = pd.concat(dict(table), names=["whose"]).reset_index("whose")
         if table.empty:
             raise ValueError(f"figure {name}: its table is empty")
         self.figures.mkdir(parents=True, exist_ok=True)
