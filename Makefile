@@ -18,6 +18,7 @@ help:
 	@echo "make test        lint, type check, unit tests and every notebook"
 	@echo "make lint        lint and type check only"
 	@echo "make soak        kill campaigns at random moments and resume them (minutes)"
+	@echo "make e2e         read three notebooks in JupyterLab, in a browser (Chromium must be there)"
 	@echo "make publish     run the course and write its outputs into notebooks/, figures/published/ and README.md"
 	@echo "make badges      point badges, links and set-up cells at REPOSITORY=owner/name (default: git's origin)"
 	@echo "make benchmark   measure inference, kernel, injection, sweep, training into benchmarks/results/ (on an idle machine)"
@@ -62,8 +63,12 @@ lint: $(STAMP)
 
 # Two tests at a time, but the course alone: it takes all cores.
 test: lint
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not notebooks and not soak"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not notebooks and not soak and not e2e"
 	$(RUN) -m pytest -m notebooks
+
+e2e: $(STAMP)
+	@$(RUN) -m pip install --disable-pip-version-check --quiet --editable ".[e2e]"
+	$(RUN) -m pytest -m e2e
 
 soak: $(STAMP)
 	$(RUN) -m pytest -m soak

@@ -27,8 +27,8 @@ LARGEST_LOSS = 1e39  # beyond any 32-bit float
 # The words for a name that tables use.
 LABELS = {
     "vgg_cifar10_binary": "VGG",
-    "resnet_binary": "ResNet",
-    "resnet_bireal": "Bi-Real ResNet",
+    "resnet_binary": "published ResNet",
+    "resnet_bireal": "modern ResNet",
     "none": "damaged",
     "clip": "damaged, then clipped",
     "range": "range check",
@@ -51,8 +51,8 @@ LABELS = {
 # The same colour for the same thing in every notebook (Okabe and Ito's colour-blind safe palette), by its word.
 COLORS = {
     "VGG": "#0072B2",
-    "ResNet": "#E69F00",
-    "Bi-Real ResNet": "#117733",
+    "published ResNet": "#E69F00",
+    "modern ResNet": "#0B4D26",
     "damaged": "#0072B2",
     "damaged, then clipped": "#D55E00",
     "train": "#56B4E9",
@@ -194,7 +194,7 @@ def damage_curves(table: pd.DataFrame, value: str = "accuracy", clean: pd.DataFr
     if value == "loss":
         how = dict(estimator="median", errorbar=lambda losses: median_interval(losses)[1:])
     how |= dict(x="probability", y=value, hue="repair", palette=palette(table["repair"]), style="repair")
-    how |= dict(markers=_markers(table["repair"]), dashes=False, mec="none", ms=5)
+    how |= dict(markers=_markers(table["repair"]), mec="none", ms=5)
     figure, drawn = panels(table)
     for axis, own in drawn:
         axis.set_xscale("log")

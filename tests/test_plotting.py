@@ -21,7 +21,7 @@ import bnn_utils
 from bnn_utils import plotting
 
 matplotlib.use("Agg")
-NETWORKS = {"vgg_cifar10_binary": "VGG", "resnet_binary": "ResNet"}
+NETWORKS = {"vgg_cifar10_binary": "VGG", "resnet_binary": "published ResNet"}
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_names_have_words_and_colours():
     assert plotting.color("something else", 2) == "C2"
     assert plotting.palette(["a", "clip", "a", "b"]) == {"a": "C0", "clip": plotting.color("clip"), "b": "C2"}
     shown = plotting.worded(campaign())
-    assert [*shown["network"].unique(), shown["repair"].iloc[0]] == ["VGG", "ResNet", "damaged"]
+    assert [*shown["network"].unique(), shown["repair"].iloc[0]] == ["VGG", "published ResNet", "damaged"]
 
 
 def test_intervals_are_the_librarys():

@@ -44,7 +44,7 @@ def diagram(table: pd.DataFrame) -> Figure:
             that lead to it, separated by blanks).
     """
     figure, axis = plt.subplots(figsize=(7.0, 1.2 + table["y"].max() - table["y"].min()))
-    shades = {"real": "#F5D58A", "sign": "#9CCBEA", "whole": "0.88"}
+    shades = {"real": "#F0C05A", "sign": "#6FB3DF", "whole": "w"}
     words = {"real": "real numbers", "sign": "+1 and −1", "whole": "whole numbers"}
     boxes, drawn = table.set_index("name"), {}
     axis.set(
