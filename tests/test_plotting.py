@@ -128,7 +128,7 @@ def test_shares_are_written_as_percent(scale, limits, written):
 
 def test_panels():
     figure, drawn = plotting.panels(campaign(), columns=1)
-    assert [axis.get_title() for axis, _ in drawn] == ["VGG, digits", "ResNet, digits"]
+    assert [axis.get_title() for axis, _ in drawn] == ["VGG, digits", "published ResNet, digits"]
     assert [set(own["network"]) for _, own in drawn] == [{name} for name in NETWORKS]
     assert len(figure.axes) == 2 and drawn[0][0].get_shared_x_axes().joined(*figure.axes)
     plt.close("all")

@@ -70,6 +70,10 @@ def overview(root: Path) -> str:
     return "\n".join(rows)
 
 
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
 def command(facts: dict[str, Any], name: str) -> str:
     """The command that trains a network of these facts: every setting that is not the default."""
     words = ["python -m bnn_utils train", f"--model {facts['network']}", "--dataset cifar10", "--data-path data"]
@@ -102,11 +106,15 @@ def card(folder: Path) -> str:
     limits = [*([NARROW_LIMIT.format(width=width)] if width < 1 else []), LIMITS]
     if "JPEG" in facts["dataset"]:
         limits.append(JPEG_LIMIT)
+    first = ""
+    if before := facts.get("before"):  # the training whose signs and floats this one started from
+        reached = f"which reached {before['validation_accuracy']:.1%} on validation images"
+        first = f"\n\nIt goes on from this one, {reached}:\n\n    {command(before, folder.name)}"
     trained = f"{recipe['epochs']} epochs in {facts['seconds']:,.0f} seconds on {facts['device'].upper()}"
     return f"""\
 # {folder.name}
 
-{plotting.label(facts["network"])} of {width:g} of the published width, one bit a weight. This page is made by
+{_capital(plotting.label(facts["network"]))} of {width:g} of the published width, one bit a weight. This page is made by
 `python -m tools.networks` from `{checkpoints.NETWORK_FILE}`, which holds these facts too, and `history.csv`.
 
 | | |
@@ -125,7 +133,7 @@ def card(folder: Path) -> str:
 Where `data` holds `train/<class>/` and `test/<class>/` pictures, or torchvision's CIFAR-10 (downloaded if it is not
 there); with `OMP_NUM_THREADS={facts.get("threads", 1)}` on a CPU, since sums depend on how they are split:
 
-    {command(facts, folder.name)}
+    {command(facts, folder.name)}{first}
 
 ## Known limits
 
@@ -159,7 +167,7 @@ def results(root: Path) -> str:
         tables = [pd.read_csv(folder / f"damage-{storage}.csv") for storage in STORAGES]  # of all test images
         ours = campaign.aggregate(pd.concat(tables)).set_index(["storage", "repair", "probability"])
         parts += [
-            f"**{plotting.label(facts['network'])}**: published at full width, {theirs['none', 0]:.1%} undamaged; ours "
+            f"**{_capital(plotting.label(facts['network']))}**: published at full width, {theirs['none', 0]:.1%} undamaged; ours "
             f"[at {facts['config']['width']:g} of the width](../checkpoints/{name}/README.md), {clean:.1%} undamaged "
             f"on the {10_000:,} test images of {facts['dataset']}.",
             "",

@@ -306,28 +306,29 @@ def points_against_bits(table: pd.DataFrame, mine: pd.DataFrame) -> Figure:
     for axis, own in panels:
         axis.set_yscale("symlog", linthresh=1, linscale=0.5)
         axis.set_xscale("log")
+        bare = own["bits"].min()
         for index, (name, trials) in enumerate(own.groupby("repair", sort=False)):
-            millions, mean = trials["bits"].iloc[0] / 1e6, max(trials["points"].mean(), 0)
+            times, mean = trials["bits"].iloc[0] / bare, max(trials["points"].mean(), 0)
             low, high = plotting.interval(trials["points"])
             look: Any = dict(color=plotting.color(str(name)), fmt=plotting.MARKERS[index], ms=7, capsize=3)
-            axis.errorbar(millions, mean, yerr=[[mean - min(max(low, 0), mean)], [high - mean]], **look)
-            place: Any = dict(xytext=(8, 0), ha="left") if millions < 5 else dict(xytext=(-8, 0), ha="right")
+            axis.errorbar(times, mean, yerr=[[mean - min(max(low, 0), mean)], [high - mean]], **look)
+            place: Any = dict(xytext=(8, 0), ha="left") if times < 2 else dict(xytext=(-8, 0), ha="right")
+            words = plotting.label(str(name)) + (f" (+{times - 1:.0%})" if times > 1 else "")
             if name == "none":
-                place = dict(xytext=(-6, 10), ha="left")
+                words, place = "no repair", dict(xytext=(-6, 22), ha="left")
             place |= dict(textcoords="offset points", va="center", fontsize=9)
-            axis.annotate(plotting.label(str(name)), (millions, mean), **place)
+            axis.annotate(words, (times, mean), **place)
         theirs = mine[mine["network"] == own["network"].iloc[0]]
         if len(theirs):
-            axis.plot(theirs["bits"] / 1e6, theirs["points"].clip(lower=0), "kx", ms=5, label="your trials")
+            axis.plot(theirs["bits"] / bare, theirs["points"].clip(lower=0), "kx", ms=5, label="your trials")
             axis.text(0.97, 0.95, "crosses: your trials", ha="right", transform=axis.transAxes, fontsize=9)
         axis.set(
-            xlabel="stored bits (millions)",
+            xlabel="stored bits, times those without repair",
             ylabel="accuracy lost at p = 0.01 (points)",
             ylim=(-0.2, 150),
         )
         axis.yaxis.set_major_formatter("{x:g}")
-        ticks = [own["bits"].min() / 1e6 * factor for factor in (1, 2, 3)]
-        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axis.set_xticks([1, 1.5, 2, 3], ["1", "1.5", "2", "3"])
         axis.xaxis.set_minor_locator(plt.NullLocator())
         axis.label_outer()
     figure.suptitle("Five copies of the few bits that decide save nearly all, for little memory", fontsize=11)

@@ -138,7 +138,8 @@ class Reader:
 def reader(request, lab, browser):
     address, folder = lab
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(300_000)
+    api.expect.set_options(timeout=300_000)
     reader = Reader(page, address, folder / f"{request.param}.ipynb")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     yield reader
