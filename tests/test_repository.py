@@ -190,8 +190,24 @@ def test_shipped_trials_are_of_the_shipped_network(path):
                 assert (flips.total, row.seed) == (row.flips, seed)
 
 
+@pytest.mark.posix
 def test_continuous_integration_runs_the_test_command():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert "\nmake test\n" in script.read_text()
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_workflows_run_the_documented_lines():
+    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    steps = {name: [step.get("run") for step in workflows["tests"]["jobs"][name]["steps"]] for name in ("make", "pip")}
+    lines = text_of("CONTRIBUTING.md").split("Without make")[1].split("\n\n")[1].splitlines()
+    assert steps["make"][-1] == "make test" and steps["pip"][-3:] == [line.strip() for line in lines]
+    assert all(workflow["permissions"] == {"contents": "read"} for workflow in workflows.values())
+
+
+def test_the_issue_form_asks_for_a_notebook_that_is_there():
+    form = yaml.safe_load(text_of(".github/ISSUE_TEMPLATE/problem.yml"))
+    asked = {field["id"]: field["attributes"] for field in form["body"]}
+    names = [f"{path.name[:2]} {tool.title(path)}" for path in tool.find_notebooks(ROOT)]
+    assert asked["notebook"]["options"][:-1] == names and {"cell", "environment"} <= set(asked)
