@@ -16,7 +16,7 @@ CONTENTS = {
     "The course": [f"notebooks/{path.stem}" for path in find_notebooks(ROOT)],
     "Using it": ["docs/command-line", "docs/data", "docs/library", "docs/api", "docs/campaigns"],
     "What came out": ["docs/results", "checkpoints/README", "benchmarks/README"],
-    "More": ["docs/glossary", "docs/references", "CONTRIBUTING"],
+    "More": ["docs/glossary", "docs/references", "CONTRIBUTING", "README.zh-CN"],
 }
 CAPTIONS = {row["id"]: row["caption"] for row in read_manifest(ROOT)}
 DEEPER = {
