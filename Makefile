@@ -8,7 +8,7 @@ REPOSITORY ?=
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help notebooks test lab soak publish benchmark badges lint clean
+.PHONY: help notebooks test lab soak publish benchmark badges site lint clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -21,6 +21,7 @@ help:
 	@echo "make e2e         read three notebooks in JupyterLab, in a browser (Chromium must be there)"
 	@echo "make publish     run the course and write its outputs into notebooks/, figures/published/ and README.md"
 	@echo "make badges      point badges, links and set-up cells at REPOSITORY=owner/name (default: git's origin)"
+	@echo "make site        build the site (notebooks as committed, docs/, reference) into build/site/"
 	@echo "make benchmark   measure inference, kernel, injection, sweep, training into benchmarks/results/ (on an idle machine)"
 	@echo "make clean       remove what runs have made (not $(VENV))"
 	@echo
@@ -56,6 +57,11 @@ badges: $(STAMP)
 lab: $(STAMP)
 	BNN_PROFILE="$(PROFILE)" $(VENV)/bin/jupyter lab notebooks
 
+site: $(STAMP)
+	@$(RUN) -m pip install --disable-pip-version-check --quiet --quiet --editable ".[site]"
+	@$(RUN) -m sphinx --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/site
+	@echo "The site: build/site/index.html"
+
 lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -74,6 +80,6 @@ soak: $(STAMP)
 	$(RUN) -m pytest -m soak
 
 clean:
-	rm -rf executed figures/quick figures/full build *.egg-info
+	rm -rf executed figures/quick figures/full build docs/api *.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find bnn_utils notebooks tests tools -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -44,8 +44,8 @@ def binarize(x: Tensor, stochastic: bool = False, gradient: str = "straight-thro
     Deterministic: +1 where x >= 0, else -1; never 0, and NaN reads as -1.
     Stochastic: +1 with probability clip((x + 1) / 2, 0, 1), the "hard sigmoid" of x, drawn from torch's
     global generator; NaN again reads as -1.
-    Backward, both pass the gradient where |x| <= 1 and stop it elsewhere ("straight-through"), or multiply it by the
-    slope of a curve that is closer to the sign, 2 - 2 |x| where |x| <= 1 and 0 elsewhere ("polynomial").
+    Backward, both pass the gradient where `|x| <= 1` and stop it elsewhere ("straight-through"), or multiply it by the
+    slope of a curve that is closer to the sign, `2 - 2 |x|` where `|x| <= 1` and 0 elsewhere ("polynomial").
 
     Args:
         x: floating-point tensor of any shape.

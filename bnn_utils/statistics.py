@@ -80,7 +80,7 @@ def intervals(table: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFr
         value: column of numbers.
 
     Returns:
-        The keys, `value` (mean), `value`_half (half-width of the 95% interval) and trials.
+        The keys, `value` (mean), its name with "_half" (half-width of the 95% interval) and trials.
     """
     rows = []
     for key, group in table.groupby(list(keys), sort=False):

@@ -13,7 +13,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from contextlib import closing
 from dataclasses import replace
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import numpy as np
@@ -457,8 +457,8 @@ class Shuffled(Executor):
 
 
 def processes(workers, method="forkserver"):
-    context = get_context(method)
-    if method == "forkserver":
+    context = get_context(method if method in get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["bnn_utils.campaign"])
     return ProcessPoolExecutor(workers, mp_context=context)
 
@@ -613,6 +613,7 @@ def check_part(path, whole):
     return len(rows) // 2
 
 
+@pytest.mark.posix
 def test_a_killed_worker_of_a_pool_is_told_and_nothing_finished_is_lost(model, images, tmp_path, monkeypatch, whole):
     monkeypatch.setattr(campaign.schedule, "TASK_SECONDS", 0.01)
     out = tmp_path / "t.sqlite"
@@ -629,6 +630,7 @@ def test_a_killed_worker_of_a_pool_is_told_and_nothing_finished_is_lost(model, i
         assert check_part(out, whole) == 180
 
 
+@pytest.mark.posix
 def test_a_killed_worker_of_a_cluster_does_not_show(model, images, monkeypatch, dask, whole):
     monkeypatch.setattr(campaign.schedule, "TASK_SECONDS", 0.01)
 

@@ -114,11 +114,13 @@ def test_the_cell_finds_the_course(place):
     assert len(printed.splitlines()) == 1 and "quick" in printed
 
 
+@pytest.mark.posix
 def test_the_cell_finds_the_course_where_it_is_not_installed(bare_python):
     state, _ = run_cell(tool.ROOT / "notebooks", bare_python)
     check_home(state, tool.ROOT)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("path_starts_with", ["working directory", "content folder"])
 def test_colab(path_starts_with, tmp_path, bare_python, source):
     content = tmp_path / "content"

@@ -628,7 +628,7 @@ REFUSED = {
     "quantized LSTM": (lambda: quantized(nn.Sequential(nn.BatchNorm1d(3), nn.LSTM(3, 3))), "1..*quantized"),
     "script": (lambda: torch.jit.script(nn.Sequential(nn.Linear(3, 3))), "network .*TorchScript"),
     "traced": (lambda: torch.jit.trace(BinarizeLinear(3, 3), torch.ones(1, 3)), "network .*TorchScript"),
-    "exported": (lambda: torch.export.export(BinarizeLinear(3, 3), (torch.ones(2, 3),)).module(), "network .*graph"),
+    "exported": (lambda: torch.export.export(nn.Linear(3, 3), (torch.ones(2, 3),)).module(), "network .*graph"),
     "bytes": (lambda: holding(torch.ones(9, dtype=torch.int8)), "0.scale .*torch.int8.*float network"),
     "words": (lambda: holding(torch.ones(3, 3, dtype=torch.int32), False), "0.words .*torch.int32.*float network"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "0.weight .*run the network"),

@@ -61,6 +61,10 @@ def course(tmp_path):
     sections = "".join(f"<!-- begin:{n} -->\nold\n<!-- end:{n} -->\n" for n in ("reading-order", "gallery"))
     link = "git clone https://github.com/OWNER/bnn-tutorial\nhttps://github.com/OWNER/bnn-tutorial-two\n"
     (tmp_path / "README.md").write_text(link + sections + "the end\n")
+    (tmp_path / "README.zh-CN.md").write_text(link + sections)
+    english = ("Notebook", "What it is about", "Minutes", "A line", "A line is drawn | here.", "notebook", "numbers")
+    words = "".join(f"{text},{text.upper()}\n" for text in english)
+    (tmp_path / "notebooks" / "zh-CN.csv").write_text(f"en,zh-CN\n{words}")
     for name in ("pyproject.toml", "CITATION.cff"):
         (tmp_path / name).write_text((tool.ROOT / name).read_text())
     return tmp_path
@@ -103,6 +107,9 @@ def test_run_and_publish(course):
     assert "| 01 | [A line](notebooks/01_line.ipynb) | A line is drawn \\| here. | < 1 | [Colab](" in readme
     assert "![A line](figures/published/01-line.png)" in readme and "Not made" not in readme
     assert "old" not in readme and readme.endswith("the end\n")
+    translated = (course / "README.zh-CN.md").read_text()
+    assert "| 01 | [A LINE](notebooks/01_line.ipynb) | A LINE IS DRAWN \\| HERE. | < 1 | [Colab](" in translated
+    assert "![A LINE](figures/published/01-line.png)" in translated
     once = files(course)
     assert command(course, "readme").returncode == 0
     assert files(course) == once
@@ -256,6 +263,7 @@ def test_badges_write_one_address_everywhere(course):
     readme = (course / "README.md").read_text()
     assert readme.startswith("git clone https://github.com/ada/bits.and-bytes\n")
     assert "https://github.com/OWNER/bnn-tutorial-two" in readme
+    assert (course / "README.zh-CN.md").read_text().startswith("git clone https://github.com/ada/bits.and-bytes\n")
     notebook = nbformat.read(course / "notebooks/01_line.ipynb", as_version=4)
     assert tool.colab_link("ada/bits.and-bytes", "01_line.ipynb") in notebook.cells[0].source
     assert notebook.cells[1].source == tool.setup_cell("ada/bits.and-bytes")

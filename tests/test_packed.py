@@ -1064,6 +1064,7 @@ with ThreadPoolExecutor(2) as pool:
 """
 
 
+@pytest.mark.posix
 def test_threads_and_forked_processes_compute_the_same():
     assert run(THREADS) == ["forked", "0", "threads", "True", "resumed", "True", "at-once", "True"]
 

@@ -24,6 +24,7 @@ from bnn_utils import checkpoints, data, parallel
 from bnn_utils.models import build
 from bnn_utils.training import Recipe, train
 
+pytestmark = pytest.mark.posix
 ROOT = Path(__file__).parents[1]
 TRAIN = ["train", "--model", "vgg_cifar10_binary", "--dataset", "digits", "--width", "0.02"]
 # Without Adam, which makes whole steps of gradients that are zero but for rounding: those of biases before BatchNorm.

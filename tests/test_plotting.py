@@ -29,6 +29,7 @@ def quiet():
     """Use the course's style, turn warnings into errors, and close what was drawn."""
     with plt.style.context(plotting.STYLE), warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib|pyparsing")  # of older ones
         yield
     plt.close("all")
 

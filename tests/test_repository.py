@@ -1,8 +1,10 @@
 """The files around the package agree: environment, badges, citation, README and Makefile."""
 
+import csv
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -54,7 +56,7 @@ def test_one_repository_address():
     assert PROJECT["urls"]["Repository"] == f"https://github.com/{REPOSITORY}"
     citation = yaml.safe_load(text_of("CITATION.cff"))
     assert citation["repository-code"] == PROJECT["urls"]["Repository"]
-    for found in tool.COLAB.finditer(text_of("README.md")):
+    for found in tool.COLAB.finditer(text_of("README.md") + text_of("README.zh-CN.md")):
         assert found["repository"] == REPOSITORY, found[0]
 
 
@@ -71,7 +73,7 @@ def test_citation_and_licence_agree_with_pyproject():
     assert text_of("LICENSE").startswith("MIT License") and PROJECT["authors"][0]["name"] in text_of("LICENSE")
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "checkpoints/README.md", "benchmarks/README.md"]
+PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "checkpoints/README.md", "benchmarks/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 
 
@@ -115,6 +117,46 @@ def test_readme_names_every_make_command_as_it_is():
     assert {"notebooks", "test"} <= commands <= targets
 
 
+def kept(page):
+    """What a translation keeps: levels of headings, commands, what is in code, links, and the figures of all cells."""
+    text = re.sub(r"\[[^]]+\]\(README[^)]*\)", "", text_of(page))
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    rows = [line.split(" | ") for line in prose.splitlines() if line.startswith("|")]
+    links, code = r"\]\(([^)]+)\)", "`[^`]+`"
+    return {
+        "headings": re.findall(r"^#+(?= )", text, re.MULTILINE),
+        "commands": [re.sub(r" *# .*", "", block) for block in blocks],
+        "code": Counter(re.findall(code, prose)),
+        "links": Counter(re.findall(links, prose)),
+        "tables": [[re.findall(links, cell) + sorted(re.findall(r"[\d.]*\d%?", cell)) for cell in row] for row in rows],
+        "figures": Counter(re.findall(r"[\d.,]*\d%?", re.sub(f"{links}|{code}", "", prose))),
+    }
+
+
+def test_the_chinese_page_is_the_english_one():
+    english, chinese = kept("README.md"), kept("README.zh-CN.md")
+    assert len(english["tables"]) > 15 and len(english["commands"]) == 2
+    for part, found in english.items():
+        assert chinese[part] == found, part
+    assert "(README.zh-CN.md)" in text_of("README.md") and "(README.md)" in text_of("README.zh-CN.md")
+
+
+def test_no_translation_is_left_over():
+    used = []
+
+    def said(text):
+        used.append(text)
+        return text
+
+    for made in (tool.reading_order, tool.gallery, networks.headline, networks.glance):
+        made(ROOT, said)
+    with (ROOT / "notebooks" / "zh-CN.csv").open(encoding="utf-8", newline="") as file:
+        assert {row["en"] for row in csv.DictReader(file)} == set(used)
+    with pytest.raises(tool.Stop, match="does not translate 'no such words'"):
+        tool.in_chinese(ROOT)("no such words")
+
+
 @pytest.mark.parametrize(
     ("file", "section", "made"),
     [
@@ -122,6 +164,10 @@ def test_readme_names_every_make_command_as_it_is():
         ("README.md", "gallery", tool.gallery),
         ("README.md", "headline", networks.headline),
         ("README.md", "results", networks.glance),
+        ("README.zh-CN.md", "reading-order", tool.reading_order),
+        ("README.zh-CN.md", "gallery", tool.gallery),
+        ("README.zh-CN.md", "headline", networks.headline),
+        ("README.zh-CN.md", "results", networks.glance),
         ("docs/results.md", "results", networks.results),
         ("checkpoints/README.md", "networks", networks.overview),
     ],
@@ -130,7 +176,8 @@ def test_readme_sections_are_up_to_date(file, section, made):
     readme = text_of(file)
     begin, end = f"<!-- begin:{section} -->", f"<!-- end:{section} -->"
     assert readme.count(begin) == readme.count(end) == 1
-    assert readme.split(begin)[1].split(end)[0].strip() == made(ROOT).strip(), "run: make publish"
+    said = [tool.in_chinese(ROOT)] if "zh-CN" in file else []
+    assert readme.split(begin)[1].split(end)[0].strip() == made(ROOT, *said).strip(), "run: make publish"
 
 
 def test_a_card_names_every_setting_that_is_not_the_default():
@@ -190,8 +237,24 @@ def test_shipped_trials_are_of_the_shipped_network(path):
                 assert (flips.total, row.seed) == (row.flips, seed)
 
 
+@pytest.mark.posix
 def test_continuous_integration_runs_the_test_command():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert "\nmake test\n" in script.read_text()
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_workflows_run_the_documented_lines():
+    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    steps = {name: [step.get("run") for step in workflows["tests"]["jobs"][name]["steps"]] for name in ("make", "pip")}
+    lines = text_of("CONTRIBUTING.md").split("Without make")[1].split("\n\n")[1].splitlines()
+    assert steps["make"][-1] == "make test" and steps["pip"][-3:] == [line.strip() for line in lines]
+    assert all(workflow["permissions"] == {"contents": "read"} for workflow in workflows.values())
+
+
+def test_the_issue_form_asks_for_a_notebook_that_is_there():
+    form = yaml.safe_load(text_of(".github/ISSUE_TEMPLATE/problem.yml"))
+    asked = {field["id"]: field["attributes"] for field in form["body"]}
+    names = [f"{path.name[:2]} {tool.title(path)}" for path in tool.find_notebooks(ROOT)]
+    assert asked["notebook"]["options"][:-1] == names and {"cell", "environment"} <= set(asked)

@@ -193,6 +193,7 @@ with opened(sys.argv[1], FINGERPRINT) as results:
 """
 
 
+@pytest.mark.posix
 def test_a_second_writer_is_refused_at_once_until_the_first_is_gone(path):
     with opened(path, FINGERPRINT), pytest.raises(ResultsError, match="another process"):
         read(path)
@@ -206,6 +207,7 @@ def test_a_second_writer_is_refused_at_once_until_the_first_is_gone(path):
     assert len(read(path)) == 120
 
 
+@pytest.mark.posix
 def test_killed_at_any_moment_it_leaves_whole_transactions(tmp_path):
     path = tmp_path / "t.sqlite"
     rng = random.Random(1)
@@ -233,6 +235,7 @@ def check_full(process, path):
     return told
 
 
+@pytest.mark.posix
 def test_a_file_that_may_not_grow(tmp_path):
     path = tmp_path / "t.sqlite"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))\n"

@@ -244,7 +244,8 @@ def test_a_figure_is_three_files(table):
     settings.save_figure("05-accuracy-vs-probability", drawn(table), table)
     files = {path.name: path for path in settings.figures.iterdir()}
     assert set(files) == {f"05-accuracy-vs-probability.{kind}" for kind in ("png", "svg", "csv")}
-    pd.testing.assert_frame_equal(pd.read_csv(files["05-accuracy-vs-probability.csv"]), table, check_exact=True)
+    saved = pd.read_csv(files["05-accuracy-vs-probability.csv"], float_precision="round_trip")
+    pd.testing.assert_frame_equal(saved, table, check_exact=True)
     with Image.open(files["05-accuracy-vs-probability.png"]) as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 2  # not blank

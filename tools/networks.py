@@ -20,7 +20,7 @@ from bnn_utils.faults import STORAGES
 from bnn_utils.packed import pack
 from bnn_utils.recipe import Recipe
 from bnn_utils.repair import stored_bits
-from tools.notebooks import ROOT, refresh, write
+from tools.notebooks import ROOT, Words, readmes, refresh, write
 
 BESIDE_PUBLISHED = ("vgg_cifar10", "resnet_published")  # those whose figures are held against the published
 LIMITS = """\
@@ -243,22 +243,28 @@ def at_a_glance(folder: Path) -> dict[str, Any]:
     )
 
 
-def headline(root: Path) -> str:
+HEADLINE = (
+    "**The result in one line:** at one wrong bit in a hundred the packed {word}, one bit a weight, falls "
+    "from {clean:.1%} accuracy on CIFAR-10 to {damaged:.1%}, and is back at {repaired:.1%} with {more:.0%} more bits, "
+    "spent on the few that decide."
+)
+BELOW = (
+    "Packed storage, repaired by `{guard}`, the 10,000 test images of CIFAR-10 (JPEG copies), means over trials with "
+    "95% intervals."
+)
+
+
+def headline(root: Path, said: Words = str) -> str:
     """The result of the course in a sentence."""
     told = at_a_glance(root / "checkpoints" / GLANCE[0])
-    return (
-        f"**The result in one line:** at one wrong bit in a hundred the packed {told['word']}, one bit a weight, falls "
-        f"from {told['clean']:.1%} accuracy on CIFAR-10 to {told['damaged'].accuracy:.1%}, and is back at "
-        f"{told['repaired'].accuracy:.1%} with {told['more']:.0%} more bits, spent on the few that decide."
-    )
+    means = {key: told[key].accuracy for key in ("damaged", "repaired")}
+    return said(HEADLINE).format(**told | means)
 
 
-def glance(root: Path) -> str:
+def glance(root: Path, said: Words = str) -> str:
     """README's results: a row a network."""
-    rows = [
-        "| network | undamaged | 1 bit in 100 wrong | repaired | more bits |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    columns = map(said, ("network", "undamaged", "1 bit in 100 wrong", "repaired", "more bits"))
+    rows = [f"| {' | '.join(columns)} |", "| --- | --- | --- | --- | --- |"]
     for name in GLANCE:
         if (root / "checkpoints" / name / "damage-packed.csv").is_file():
             told = at_a_glance(root / "checkpoints" / name)
@@ -267,9 +273,7 @@ def glance(root: Path) -> str:
             )
             link = f"[{name}](checkpoints/{name}/README.md)"
             rows.append(f"| {link} | {told['clean']:.1%} | {damaged}% | {repaired}% | {told['more']:.1%} |")
-    images = "the 10,000 test images of CIFAR-10 (JPEG copies), means over trials with 95% intervals."
-    below = f"Packed storage, repaired by `{GUARD}`, {images}"
-    return "\n".join([*rows, "", below])
+    return "\n".join([*rows, "", said(BELOW).format(guard=GUARD)])
 
 
 def main(root: Path = ROOT) -> None:
@@ -280,7 +284,8 @@ def main(root: Path = ROOT) -> None:
         draw_curves(folder)
     refresh(root / "checkpoints" / "README.md", {"networks": overview(root)})
     refresh(root / "docs" / "results.md", {"results": results(root)})
-    refresh(root / "README.md", {"headline": headline(root), "results": glance(root)})
+    for page, said in readmes(root):
+        refresh(page, {"headline": headline(root, said), "results": glance(root, said)})
 
 
 if __name__ == "__main__":

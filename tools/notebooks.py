@@ -8,8 +8,8 @@
 `run` writes executed copies and figures into ignored folders, several notebooks at a time; with --solve it also gives
 every exercise its solution, and stops if its check refuses it. `publish` runs too, one notebook after another, in the
 quick profile, then writes what it got into tracked files: outputs and measured minutes into notebooks/, figures into
-figures/published/, and gallery and reading order into README.md (`readme` writes only these). A NOTEBOOK is a number, a
-name or a path.
+figures/published/, and gallery and reading order into README.md and README.zh-CN.md (`readme` writes only these). A
+NOTEBOOK is a number, a name or a path.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,9 @@ CITED = re.compile(rf'^(repository-code: "https://github\.com/){GITHUB}(")', re.
 TIME = re.compile(r"^\*\*Time:\*\*.*$", re.MULTILINE)
 COURSE = re.compile(r"^\*\*The course:\*\*.*$", re.MULTILINE)
 SOLUTION = re.compile(r"<summary>Solution</summary>.*?```python\n(.*?)```", re.DOTALL)
+
+
+Words = Callable[[str], str]  # what gives English text in a page's language
 
 
 class Cancelled(Exception):
@@ -483,8 +487,30 @@ def publish_figures(root: Path, notebook: Path) -> None:
 
 
 def refresh_readme(root: Path) -> None:
-    """Rewrite README.md's gallery and reading order, between <!-- begin:NAME --> and <!-- end:NAME --> markers."""
-    refresh(root / "README.md", {"reading-order": reading_order(root), "gallery": gallery(root)})
+    """Rewrite gallery and reading order of both READMEs, between <!-- begin:NAME --> and <!-- end:NAME --> markers."""
+    for path, said in readmes(root):
+        refresh(path, {"reading-order": reading_order(root, said), "gallery": gallery(root, said)})
+
+
+def readmes(root: Path) -> list[tuple[Path, Words]]:
+    """README.md, and README.zh-CN.md where there is one, each with what gives English text in its language."""
+    pages: list[tuple[Path, Words]] = [(root / "README.md", str)]
+    if (root / "README.zh-CN.md").exists():
+        pages.append((root / "README.zh-CN.md", in_chinese(root)))
+    return pages
+
+
+def in_chinese(root: Path) -> Words:
+    """Return a function that translates what READMEs are made of, by notebooks/zh-CN.csv."""
+    with (root / "notebooks" / "zh-CN.csv").open(encoding="utf-8", newline="") as file:
+        words = {row["en"]: row["zh-CN"] for row in csv.DictReader(file)}
+
+    def said(text: str) -> str:
+        if text not in words:
+            raise Stop(f"notebooks/zh-CN.csv does not translate {text!r}")
+        return words[text]
+
+    return said
 
 
 def refresh(path: Path, sections: dict[str, str]) -> None:
@@ -505,15 +531,17 @@ def refresh(path: Path, sections: dict[str, str]) -> None:
         print(f"{path.parent.name}/{path.name} refreshed")
 
 
-def reading_order(root: Path) -> str:
+def reading_order(root: Path, said: Words = str) -> str:
     """The table of notebooks: number, linked title, what it is about, minutes, Colab."""
     repository = repository_of(root)
-    rows = ["| | Notebook | What it is about | Minutes | |", "| --- | --- | --- | --- | --- |"]
+    columns = " | ".join(map(said, ("Notebook", "What it is about", "Minutes")))
+    rows = [f"| | {columns} | |", "| --- | --- | --- | --- | --- |"]
     for path in find_notebooks(root):
         text = "\n\n".join(cell.source for cell in opening(read_notebook(path)))
-        link = f"[{title(path)}](notebooks/{path.name})"
+        link = f"[{said(title(path))}](notebooks/{path.name})"
         colab = f"[Colab]({colab_link(repository, path.name)})"
-        rows.append(f"| {path.name[:2]} | {link} | {cell_text(first_sentence(text))} | {minutes(text)} | {colab} |")
+        about = cell_text(said(first_sentence(text)))
+        rows.append(f"| {path.name[:2]} | {link} | {about} | {minutes(text)} | {colab} |")
     return "\n".join(rows)
 
 
@@ -551,14 +579,15 @@ def read_manifest(root: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def gallery(root: Path) -> str:
+def gallery(root: Path, said: Words = str) -> str:
     """A two-column table of figures."""
     tiles = []
     for row in read_manifest(root):
         file = f"figures/published/{row['id']}"
         if row["gallery"] == "1" and (root / f"{file}.png").exists():
-            caption = cell_text(row["caption"].rstrip("."))
-            links = f"[notebook {row['id'][:2]}](notebooks/{row['notebook']}), [numbers]({file}.csv)"
+            caption = cell_text(said(row["caption"].rstrip(".")))
+            notebook = f"[{said('notebook')} {row['id'][:2]}](notebooks/{row['notebook']})"
+            links = f"{notebook}, [{said('numbers')}]({file}.csv)"
             tiles.append(f"![{caption}]({file}.png)<br>{links}")
     if not tiles:
         return "No figure is published yet."
@@ -610,8 +639,8 @@ def badges(root: Path, repository: str) -> None:
     for name, line in (("pyproject.toml", SETTING), ("CITATION.cff", CITED)):
         text = (root / name).read_text(encoding="utf-8")
         edits[root / name] = line.sub(lambda found: found[1] + new + found[3], text)
-    if (root / "README.md").exists():
-        edits[root / "README.md"] = retarget((root / "README.md").read_text(encoding="utf-8"), old, new)
+    for page in root.glob("README*.md"):
+        edits[page] = retarget(page.read_text(encoding="utf-8"), old, new)
     changed = [path for path, text in edits.items() if text != path.read_text(encoding="utf-8")]
     for path in changed:
         write(path, edits[path])
@@ -669,7 +698,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     run.add_argument("--solve", action="store_true", help="hold the exercises' solutions against their checks")
     for command in (run, commands.add_parser("publish", help="execute notebooks and write their outputs back")):
         command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 05 (default: all)")
-    commands.add_parser("readme", help="refresh README.md's tables from what is published")
+    commands.add_parser("readme", help="refresh the READMEs' tables from what is published")
     links = commands.add_parser("badges", help="write the repository's address everywhere")
     links.add_argument("--repository", default="", help="owner/name (default: git's origin, else unchanged)")
     return parser.parse_args(words)
