@@ -101,15 +101,19 @@ def command(facts: dict[str, Any], name: str) -> str:
 def card(folder: Path) -> str:
     """The page of one trained network."""
     facts, history = facts_of(folder), pd.read_csv(folder / "history.csv")
-    best = history.set_index("epoch").loc[facts["epoch"]]
+    before = facts.get("before")  # the training from whose signs and floats this one started
+    earlier = before["recipe"]["epochs"] if before else 0
+    best = history.set_index("epoch").loc[earlier + facts["epoch"]]
     recipe, width = facts["recipe"], facts["config"]["width"]
     limits = [*([NARROW_LIMIT.format(width=width)] if width < 1 else []), LIMITS]
     if "JPEG" in facts["dataset"]:
         limits.append(JPEG_LIMIT)
     first = ""
-    if before := facts.get("before"):  # the training whose signs and floats this one started from
-        reached = f"which reached {before['validation_accuracy']:.1%} on validation images"
-        first = f"\n\nIt goes on from this one, {reached}:\n\n    {command(before, folder.name)}"
+    if before:
+        reached = f"which reached {before['validation_accuracy']:.1%} on validation images in {earlier} epochs"
+        first = (
+            f"\n\nThat went on from the packed network of this one, {reached}:\n\n    {command(before, folder.name)}"
+        )
     trained = f"{recipe['epochs']} epochs in {facts['seconds']:,.0f} seconds on {facts['device'].upper()}"
     return f"""\
 # {folder.name}
@@ -167,7 +171,8 @@ def results(root: Path) -> str:
         tables = [pd.read_csv(folder / f"damage-{storage}.csv") for storage in STORAGES]  # of all test images
         ours = campaign.aggregate(pd.concat(tables)).set_index(["storage", "repair", "probability"])
         parts += [
-            f"**{_capital(plotting.label(facts['network']))}**: published at full width, {theirs['none', 0]:.1%} undamaged; ours "
+            f"**{_capital(plotting.label(facts['network']))}**: published at full width, "
+            f"{theirs['none', 0]:.1%} undamaged; ours "
             f"[at {facts['config']['width']:g} of the width](../checkpoints/{name}/README.md), {clean:.1%} undamaged "
             f"on the {10_000:,} test images of {facts['dataset']}.",
             "",
@@ -271,7 +276,7 @@ def glance(root: Path, said: Words = str) -> str:
             damaged, repaired = (
                 accuracy(told[key].accuracy, told[key].accuracy_half) for key in ("damaged", "repaired")
             )
-            link = f"[{name}](checkpoints/{name}/README.md)"
+            link = f"[{said(told['word'])}](checkpoints/{name}/README.md)"
             rows.append(f"| {link} | {told['clean']:.1%} | {damaged}% | {repaired}% | {told['more']:.1%} |")
     return "\n".join([*rows, "", said(BELOW).format(guard=GUARD)])
 
