@@ -1,7 +1,4 @@
-"""Numba's compiler, with a cache on disk that may be missing, broken or full: that costs time, and nothing else.
-
-Importing this module needs Numba; `bnn_utils.bits` and `bnn_utils.packed` have other ways where it is missing.
-"""
+"""Numba's compiler, with a cache on disk that may be missing, broken or full: that costs time, and nothing else."""
 
 import warnings
 from collections.abc import Callable

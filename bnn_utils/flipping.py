@@ -7,19 +7,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bnn_utils.bits import NUMBA, WORD, compiled
+from bnn_utils.bits import WORD
+from bnn_utils.compiling import njit
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@compiled
+@njit(nogil=True, cache=True)
 def _flip(memory, positions, last, counts):
     for position in positions:
         memory[position >> 3] ^= np.uint8(1 << (position & 7))
         counts[position & last] += 1
 
 
-@compiled
+@njit(nogil=True, cache=True)
 def _flip_back(memory, positions):
     for position in positions:
         memory[position >> 3] ^= np.uint8(1 << (position & 7))
@@ -104,5 +105,5 @@ class IndexedBits:
 
 def bits_of(tensor: Tensor, copy: bool = False) -> MemoryBits | IndexedBits:
     """Return the bits of `tensor` in the fastest way there is for it; see `MemoryBits`."""
-    in_memory = NUMBA and sys.byteorder == "little" and tensor.device.type == "cpu" and tensor.is_contiguous()
+    in_memory = sys.byteorder == "little" and tensor.device.type == "cpu" and tensor.is_contiguous()
     return MemoryBits(tensor, copy) if in_memory else IndexedBits(tensor, copy)

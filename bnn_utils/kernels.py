@@ -1,9 +1,7 @@
-"""Operations of the packed network on arrays, by the compiled loops, in several threads if asked for.
-
-Importing this module needs Numba; `bnn_utils.packed_layers` has another way where it is missing.
-"""
+"""The compiled loops on arrays, in several threads if asked for."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -12,17 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bnn_utils.loops import (
-    BLOCK,
-    CARRY_SAVE,
-    affine_images,
-    best_tile,
-    dots_blocks,
-    largest_sums,
-    rectified_images,
-    shifted_images,
-    threshold_images,
-)
+from bnn_utils.loops import BLOCK, CARRY_SAVE, best_tile, dots_blocks, largest_sums
 
 TILE = best_tile()  # POPCOUNT or CARRY_SAVE: what `dots` computes with, the same sums with either
 
@@ -68,103 +56,27 @@ def dots(
     x = np.ascontiguousarray(x)
     blocks = -(-out.shape[0] * out.shape[1] * out.shape[2] // BLOCK)
     arguments = (TILE is CARRY_SAVE, x, filters, largest, row_kind * len(across), column_kind, kernel, stride, out)
-    _run(dots_blocks, threads, blocks, *arguments)
+    run(dots_blocks, blocks, *arguments, threads=threads)
 
 
-def threshold_bits(
-    sums: NDArray[np.int32],
-    threshold: NDArray[Any],
-    direction: NDArray[np.uint64],
-    *,
-    pool: int,
-    out: NDArray[np.uint64],
-    threads: int | None = None,
-) -> None:
-    """Max-pool integers, and turn each into a bit: (largest >= threshold), inverted where the direction's bit is 1.
-
-    Args:
-        sums: int32 (images, height, width, channels).
-        threshold: int16 or int32 (channels,).
-        direction: uint64 words (words,), a bit a channel.
-        pool: height and width of a pooling window, 1 for none.
-        out: where to, uint64 words (images, height // pool, width // pool, words).
-        threads: to use; None is torch's number.
-    """
-    _run(threshold_images, threads, len(sums), sums, threshold, direction, pool, out)
-
-
-def affine(
-    x: NDArray[Any],
-    shortcut: NDArray[np.float32],
-    scale: NDArray[np.float32],
-    shift: NDArray[np.float32],
-    *,
-    clamp: bool,
-    values: NDArray[np.float32],
-    out: NDArray[np.uint64],
-    threads: int | None = None,
-) -> None:
-    """Compute (x + shortcut) * scale + shift, clamped to [-1, 1] if asked for, and its signs as words.
-
-    Args:
-        x: int32 or float32 (images, height, width, channels).
-        shortcut: float32 of that shape, or without images for none.
-        scale, shift: float32 (channels,).
-        clamp: whether to clamp.
-        values: where the numbers go, float32 of the shape of `x`, or without images if only their signs are wanted.
-        out: where their signs go, uint64 words (images, height, width, words).
-        threads: to use; None is torch's number.
-    """
-    _run(affine_images, threads, len(x), x, shortcut, scale, shift, clamp, values, out)
-
-
-def shifted_bits(
-    x: NDArray[np.float32], offset: NDArray[np.float32], *, out: NDArray[np.uint64], threads: int | None = None
-) -> None:
-    """Turn each number into a bit: x + offset >= 0.
-
-    Args:
-        x: float32 (images, height, width, channels).
-        offset: float32 (channels,).
-        out: where to, uint64 words (images, height, width, words).
-        threads: to use; None is torch's number.
-    """
-    _run(shifted_images, threads, len(x), x, offset, out)
-
-
-def rectify(
-    x: NDArray[np.int32],
-    shortcut: NDArray[np.float32],
-    scale: NDArray[np.float32],
-    shift: NDArray[np.float32],
-    slope: NDArray[np.float32],
-    *,
-    out: NDArray[np.float32],
-    threads: int | None = None,
-) -> None:
-    """Compute y = x * scale + shift + shortcut, and from it y where it is positive, slope * y elsewhere.
-
-    Args:
-        x: int32 (images, height, width, channels).
-        shortcut: float32 of that shape.
-        scale, shift, slope: float32 (channels,).
-        out: where to, float32 of that shape.
-        threads: to use; None is torch's number.
-    """
-    _run(rectified_images, threads, len(x), x, shortcut, scale, shift, slope, out)
-
-
-@lru_cache(maxsize=4)
-def _workers(threads: int, process: int) -> ThreadPoolExecutor:
-    """Return threads to compute with, for the process of this number: of its parent's, a forked one has none."""
+@lru_cache(maxsize=8)
+def _workers(user: str, threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _run(loop: Any, threads: int | None, count: int, *arguments: Any) -> None:
+def workers(user: str, threads: int) -> ThreadPoolExecutor:
+    """Return threads to compute with, for those who call themselves `user` alone: who waits for himself waits for ever.
+
+    They are kept, since memory that new threads ask for comes slowly. A forked process has none of its parent's.
+    """
+    return _workers(user, threads, os.getpid())
+
+
+def run(loop: Callable[..., None], count: int, *arguments: Any, threads: int | None = None) -> None:
     """Call `loop(first, last, *arguments)` for shares of 0..count, one a thread: compiled, they hold no lock."""
     threads = min(torch.get_num_threads() if threads is None else threads, count)
     if threads <= 1:
         loop(0, count, *arguments)
     else:
         cuts = [count * share // threads for share in range(threads + 1)]
-        list(_workers(threads, os.getpid()).map(lambda first, last: loop(first, last, *arguments), cuts, cuts[1:]))
+        list(workers("loops", threads).map(lambda first, last: loop(first, last, *arguments), cuts, cuts[1:]))

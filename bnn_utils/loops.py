@@ -330,7 +330,10 @@ def dots_blocks(first, last, carry_save, x, filters, largest, row_kind, column_k
 
 @njit(nogil=True, cache=True)
 def threshold_images(first, last, dots, threshold, direction, pool, out):
-    """Compute some images of `threshold_bits`."""
+    """Max-pool `dots` of some images, in windows of pool x pool, and turn each largest into a bit of `out`.
+
+    It is largest >= threshold, inverted where the direction's bit is 1.
+    """
     channels, words = dots.shape[3], out.shape[3]
     largest, limits = np.empty(channels, np.int32), threshold.astype(np.int32)
     reached = np.zeros(64 * words, np.bool_)
@@ -350,7 +353,10 @@ def threshold_images(first, last, dots, threshold, direction, pool, out):
 
 @njit(nogil=True, cache=True)
 def affine_images(first, last, x, shortcut, scale, shift, clamp, values, out):
-    """Compute some images of `affine`."""
+    """Compute (x + shortcut) * scale + shift of some images: numbers into `values`, clamped if asked, signs into `out`.
+
+    A shortcut without images adds nothing; without images in `values` only the signs are wanted.
+    """
     channels, words = x.shape[3], out.shape[3]
     kept = values.shape[0] > 0
     added = shortcut.shape[0] > 0
@@ -377,7 +383,7 @@ def affine_images(first, last, x, shortcut, scale, shift, clamp, values, out):
 
 @njit(nogil=True, cache=True)
 def shifted_images(first, last, x, offset, out):
-    """Compute some images of `shifted_bits`."""
+    """Turn each number of some images into a bit: x + offset >= 0."""
     channels, words = x.shape[3], out.shape[3]
     positive = np.zeros(64 * words, np.bool_)
     for image in range(first, last):
@@ -391,7 +397,7 @@ def shifted_images(first, last, x, offset, out):
 
 @njit(nogil=True, cache=True)
 def rectified_images(first, last, x, shortcut, scale, shift, slope, out):
-    """Compute some images of `rectify`."""
+    """Compute y = x * scale + shift + shortcut of some images, and slope * y where it is not positive."""
     for image in range(first, last):
         for row in range(x.shape[1]):
             for column in range(x.shape[2]):

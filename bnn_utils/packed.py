@@ -1,8 +1,6 @@
 """The deployed form of a binarized network: 1 bit a weight, integer thresholds, XNOR and popcount on the CPU."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
@@ -11,20 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bnn_utils.kernels import workers
 from bnn_utils.layers import BINARIZED
 from bnn_utils.models import BasicBlock, BinarizedResNet, BinarizedVGG, BiRealResNet, BiRealUnit, Network, build
-from bnn_utils.packed_layers import ENGINES, Affine, Numbers, PackedLayer, shifted_signs
+from bnn_utils.packed_layers import Affine, Numbers, PackedLayer, shifted_signs
 from bnn_utils.system import one_thread
-
-
-@lru_cache(maxsize=4)
-def _workers(threads: int, process: int) -> ThreadPoolExecutor:
-    """Return threads to compute with, for the process of this number: of its parent's, a forked one has none.
-
-    They are kept, since memory that new threads ask for comes slowly.
-    """
-    return ThreadPoolExecutor(threads)
-
 
 State = tuple[Tensor, ...]  # of a chunk of images, between two stages
 
@@ -42,13 +31,11 @@ class PackedModel(Network):
     # the caches, but at least so many that the calls themselves do not show.
     images, numbers = 16, 3 << 16
 
-    def __init__(
-        self, model: BinarizedVGG | BinarizedResNet | BiRealResNet, engine: str, stages: list[tuple[str, ...]]
-    ):
+    def __init__(self, model: BinarizedVGG | BinarizedResNet | BiRealResNet, stages: list[tuple[str, ...]]):
         super().__init__()
         self.name, self.config = model.name, dict(model.config)
         self.trained_on = model.trained_on
-        self.engine, self.stages = engine, stages
+        self.stages = stages
 
     def _packed(self, model: Any, stage: int) -> dict[str, nn.Module]:
         """Return the modules of one stage, by name, packed from those of `model`."""
@@ -63,9 +50,6 @@ class PackedModel(Network):
             for name, packed in self._packed(model, stage).items():
                 holder, _, own = name.rpartition(".")
                 self.get_submodule(holder).add_module(own, packed)
-                for module in packed.modules():
-                    if isinstance(module, PackedLayer | Affine):
-                        module.engine = self.engine
 
     def repack(self, model: nn.Module, stages: Iterable[int]) -> None:
         """Pack some stages anew, from the numbers that `model` has now.
@@ -115,7 +99,7 @@ class PackedModel(Network):
             return [function(chunk) for chunk in chunks]
         # A thread a chunk: they never wait for each other, so another program's work slows them no more than it must.
         with one_thread():
-            return list(_workers(threads, os.getpid()).map(function, chunks))
+            return list(workers("chunks", threads).map(function, chunks))
 
     def _chunks(self, x: Tensor) -> Sequence[Tensor]:
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4:
@@ -187,7 +171,7 @@ class PackedVGG(PackedModel):
     features: nn.ModuleDict
     classifier: nn.ModuleDict
 
-    def __init__(self, model: BinarizedVGG, engine: str):
+    def __init__(self, model: BinarizedVGG):
         stages: list[tuple[str, ...]] = []
         pools: list[int] = []
         for part in ("features", "classifier"):
@@ -197,7 +181,7 @@ class PackedVGG(PackedModel):
                     pooled = isinstance(layers[index + 1], nn.MaxPool2d)
                     stages.append((f"{part}.{index}", f"{part}.{index + 1 + pooled}"))
                     pools.append(2 if pooled else 1)
-        super().__init__(model, engine, stages)
+        super().__init__(model, stages)
         self.pools = pools  # of each stage
         self.features, self.classifier = nn.ModuleDict(), nn.ModuleDict()
         self._pack(model, range(len(stages)))
@@ -240,10 +224,10 @@ class _PackedLayers(PackedModel):
     layer2: nn.ModuleList
     layer3: nn.ModuleList
 
-    def __init__(self, model: BinarizedResNet | BiRealResNet, engine: str):
+    def __init__(self, model: BinarizedResNet | BiRealResNet):
         layers = ("layer1", "layer2", "layer3")
         blocks = [(f"{layer}.{index}",) for layer in layers for index in range(len(getattr(model, layer)))]
-        super().__init__(model, engine, [("conv1", "bn1"), *blocks, self.last])
+        super().__init__(model, [("conv1", "bn1"), *blocks, self.last])
         self._pack(model, [0])
         for layer in layers:  # after the image layer in memory, as in the float network
             self.add_module(layer, nn.ModuleList())
@@ -330,7 +314,7 @@ class PackedUnit(nn.Module):
 
     def signs(self, x: Tensor) -> Tensor:
         """Return the signs of x + offset as words."""
-        return shifted_signs(x, self.shift.offset, self.conv.engine)
+        return shifted_signs(x, self.shift.offset)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Return what is added to the normalized convolution."""
@@ -409,7 +393,7 @@ def _check(model: nn.Module) -> None:
         raise TypeError("only float32 networks on the CPU can be packed")
 
 
-def pack(model: nn.Module, engine: str = ENGINES[0]) -> PackedModel:
+def pack(model: nn.Module) -> PackedModel:
     """Return the deployed form of a trained VGG or ResNet; the integers of its layers are the float network's.
 
     BatchNorm and sign become one integer threshold and a direction per channel where only the sign goes on (hidden
@@ -419,7 +403,6 @@ def pack(model: nn.Module, engine: str = ENGINES[0]) -> PackedModel:
 
     Args:
         model: a network of `bnn_utils.models`, float32, on the CPU.
-        engine: "numba", the compiled kernel, or "torch", the same integers by float convolutions of +1 and -1.
 
     Returns:
         A module from float32 images (batch, channels, height, width) to logits (batch, classes), whose buffers are
@@ -428,21 +411,18 @@ def pack(model: nn.Module, engine: str = ENGINES[0]) -> PackedModel:
     Raises:
         TypeError: another kind of network, one whose layers were replaced by others, or one that is not float32 on
             the CPU.
-        ValueError: an unknown engine, or one that this machine lacks.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"unknown or missing engine {engine!r}, expected one of {', '.join(ENGINES)}")
     _check(model)
-    return _KINDS[type(model)](model, engine).eval()
+    return _KINDS[type(model)](model).eval()
 
 
 def deployed(model: nn.Module) -> nn.Module:
-    """Return `model` packed where it can be and Numba makes that faster; else `model` itself.
+    """Return `model` packed where it can be; else `model` itself.
 
     The predictions are the same up to coincidences of rounding: torch adds a bias and the pixels of an image in an
     order of its own, which can decide a sign only where BatchNorm gives zero up to the last digits.
     """
     try:
-        return pack(model) if ENGINES[0] == "numba" else model
+        return pack(model)
     except TypeError:
         return model

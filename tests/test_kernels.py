@@ -10,16 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import config, njit
 from torch.nn import functional
 
+from bnn_utils import kernels, loops
 from bnn_utils.bits import pack_signs
 from bnn_utils.layers import BinarizeConv2d, binarize
 from bnn_utils.packed import PackedLayer
-
-pytest.importorskip("numba")
-from numba import config, njit
-
-from bnn_utils import kernels, loops
 
 ROOT = Path(__file__).resolve().parents[1]
 TILES = {"popcount": loops.POPCOUNT, "two-input": loops.TWO_INPUT}
