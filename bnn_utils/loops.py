@@ -382,20 +382,6 @@ def affine_images(first, last, x, shortcut, scale, shift, clamp, values, out):
 
 
 @njit(nogil=True, cache=True)
-def shifted_images(first, last, x, offset, out):
-    """Turn each number of some images into a bit: x + offset >= 0."""
-    channels, words = x.shape[3], out.shape[3]
-    positive = np.zeros(64 * words, np.bool_)
-    for image in range(first, last):
-        for row in range(x.shape[1]):
-            for column in range(x.shape[2]):
-                for c in range(channels):
-                    positive[c] = x[image, row, column, c] + offset[c] >= 0
-                for k in range(words):
-                    out[image, row, column, k] = _word(positive.ctypes.data + 64 * k)
-
-
-@njit(nogil=True, cache=True)
 def rectified_images(first, last, x, shortcut, scale, shift, slope, out):
     """Compute y = x * scale + shift + shortcut of some images, and slope * y where it is not positive."""
     for image in range(first, last):

@@ -84,10 +84,6 @@ class PackedModel(Network):
                 return stage
         raise ValueError(f"no stage of {self.name} computes with {name!r}, expected the name of a stored tensor")
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Return the logits of one chunk of images."""
-        return self._run((x,), 0, len(self.stages))[0]
-
     def _run(self, state: State, start: int, stop: int) -> State:
         for stage in range(start, stop):
             state = self._step(stage, state)
@@ -124,7 +120,7 @@ class PackedModel(Network):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(self._each(self.logits, self._chunks(x)))
+        return torch.cat(self._each(lambda chunk: self._run((chunk,), 0, len(self.stages))[0], self._chunks(x)))
 
     @torch.no_grad()
     def before(self, stage: int, x: Tensor) -> list[State]:
@@ -207,12 +203,13 @@ class PackedVGG(PackedModel):
         return (norm.bits(layer.image(x)),)
 
 
-def _of_channels(images: int) -> torch.memory_format:
-    """Return the layout in which torch computes with maps that come from images of so many channels.
+def _means(maps: Tensor, images: int) -> Tensor:
+    """Return the means over maps (images, height, width, channels), which come from images of so many channels.
 
-    Sums round in the order of memory, which is that of the image layer; one channel is laid out either way.
+    Sums round in the order of memory, in torch that of the image layer; images of one channel are laid out either way.
     """
-    return torch.contiguous_format if images == 1 else torch.channels_last
+    layout = torch.contiguous_format if images == 1 else torch.channels_last
+    return maps.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3))
 
 
 class _PackedLayers(PackedModel):
@@ -296,8 +293,7 @@ class PackedResNet(_PackedLayers):
         else:
             values, words = blocks[stage - 1](*state)
         if stage == len(blocks):
-            layout = _of_channels(self.conv1.inputs)
-            return (values.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3)),)
+            return (_means(values, self.conv1.inputs),)
         # What the next block does not read would only take memory where states are kept.
         return values if blocks[stage].reads_values else values.new_empty(0), words
 
@@ -312,21 +308,13 @@ class PackedUnit(nn.Module):
         self.bn = Affine(unit.bn)
         self.act = Numbers(slope=unit.act.weight)
 
-    def signs(self, x: Tensor) -> Tensor:
-        """Return the signs of x + offset as words."""
-        return shifted_signs(x, self.shift.offset)
-
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Return what is added to the normalized convolution."""
-        if self.conv.stride == 1:
-            return x
-        with one_thread():
-            pooled = functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-        return pooled.repeat(1, 1, 1, 2)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the stream after the unit, float32 (images, height', width', channels), from that before it."""
-        return self.bn.rectified(self.conv(self.signs(x)), self.shortcut(x), self.act.slope)
+        dots = self.conv(shifted_signs(x, self.shift.offset))
+        if self.conv.stride > 1:
+            with one_thread():
+                x = functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1).repeat(1, 1, 1, 2)
+        return self.bn.rectified(dots, x, self.act.slope)
 
 
 class PackedBiReal(_PackedLayers):
@@ -359,10 +347,7 @@ class PackedBiReal(_PackedLayers):
             return ((products.sum(2) + self.fc.bias.double()).float(),)
         unit: Any = self.get_submodule(self.stages[stage][0])
         x = unit(x)
-        if stage == len(self.stages) - 2:
-            layout = _of_channels(self.conv1.weight.shape[1])
-            return (x.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3)),)
-        return (x,)
+        return (_means(x, self.conv1.weight.shape[1]) if stage == len(self.stages) - 2 else x,)
 
 
 @lru_cache(maxsize=8)

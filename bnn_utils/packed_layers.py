@@ -11,7 +11,7 @@ from torch.nn import functional
 from bnn_utils import kernels
 from bnn_utils.bits import WORD, pack_signs, unpack_signs
 from bnn_utils.layers import BINARIZED, BinarizeConv2d
-from bnn_utils.loops import PANEL, affine_images, rectified_images, shifted_images, threshold_images
+from bnn_utils.loops import PANEL, affine_images, rectified_images, threshold_images
 from bnn_utils.system import one_thread
 
 
@@ -191,11 +191,7 @@ class Affine(nn.Module):
             clamp: whether to clamp.
             keep: False returns no numbers, but signs alone.
         """
-        none = torch.empty((0, 1, 1, 1))
-        values, signs = torch.empty(x.shape) if keep else none, _empty_words(x.shape[:3], x.shape[3])
-        arrays = (each.numpy() for each in (x, none if shortcut is None else shortcut, self.scale, self.shift))
-        kernels.run(affine_images, len(x), *arrays, clamp, values.numpy(), _array(signs))
-        return values, signs
+        return _affine(x, shortcut, self.scale, self.shift, clamp, keep)
 
     def rectified(self, x: Tensor, shortcut: Tensor, slope: Tensor) -> Tensor:
         """Return y = x * scale + shift + shortcut where y is positive, slope * y elsewhere.
@@ -226,11 +222,19 @@ class Numbers(nn.Module):
         self.masks: dict[str, Tensor] = {}
 
 
+def _affine(
+    x: Tensor, shortcut: Tensor | None, scale: Tensor, shift: Tensor, clamp: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
+    none = torch.empty((0, 1, 1, 1))
+    values, signs = torch.empty(x.shape) if keep else none, _empty_words(x.shape[:3], x.shape[3])
+    arrays = (each.numpy() for each in (x, none if shortcut is None else shortcut, scale, shift))
+    kernels.run(affine_images, len(x), *arrays, clamp, values.numpy(), _array(signs))
+    return values, signs
+
+
 def shifted_signs(x: Tensor, offset: Tensor) -> Tensor:
     """Return the signs of x + offset as words, for x float32 (images, height, width, channels)."""
-    out = _empty_words(x.shape[:3], x.shape[3])
-    kernels.run(shifted_images, len(x), x.numpy(), offset.numpy(), _array(out))
-    return out
+    return _affine(x, None, torch.ones_like(offset), offset, clamp=False, keep=False)[1]
 
 
 def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
