@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -240,10 +240,8 @@ def _train(arguments: argparse.Namespace) -> None:
         facts["extended"] = extended  # the numbers of epochs that it was begun and gone on with
     if device.type == "cpu":
         facts["threads"] = torch.get_num_threads()  # sums depend on how they are split
-    if arguments.start:
-        facts["start"] = Path(arguments.start).name
-    if arguments.teacher:
-        facts["teacher"] = Path(arguments.teacher).name
+    networks = {"start": arguments.start, "teacher": arguments.teacher}
+    facts |= {name: Path(path).name for name, path in networks.items() if path}
 
     def keep(network: nn.Module, row: dict[str, Any]) -> None:
         facts.update(epoch=row["epoch"], validation_accuracy=row["validation_accuracy"])
@@ -303,16 +301,10 @@ def _pack(arguments: argparse.Namespace) -> None:
     print(f"kept: {output}, {after:,} bytes, {before / after:.1f} times smaller than {arguments.checkpoint}")
 
 
-@contextmanager
-def _executor(arguments: argparse.Namespace) -> Iterator[Executor | None]:
+def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor | None]:
     if arguments.workers is not None:
-        with processes(arguments.workers) as executor:
-            yield executor
-    elif arguments.cluster is not None:
-        with cluster(arguments.cluster) as executor:
-            yield executor
-    else:
-        yield None
+        return processes(arguments.workers)
+    return nullcontext() if arguments.cluster is None else cluster(arguments.cluster)
 
 
 def _damage(arguments: argparse.Namespace) -> None:

@@ -109,12 +109,7 @@ class BinarizedVGG(Network):
     name = "vgg_cifar10_binary"
 
     def __init__(
-        self,
-        num_classes: int = 10,
-        width: float = 1.0,
-        in_channels: int = 3,
-        input_size: int = 32,
-        binary: bool = True,
+        self, num_classes: int = 10, width: float = 1.0, in_channels: int = 3, input_size: int = 32, binary: bool = True
     ):
         super().__init__()
         sizes = dict(num_classes=num_classes, width=width, in_channels=in_channels, input_size=input_size)
@@ -338,6 +333,7 @@ class BiRealResNet(Network):
         return self.fc(x.mean((2, 3)))
 
 
+# The names by which networks are built.
 vgg_cifar10_binary, resnet_binary, resnet_bireal = BinarizedVGG, BinarizedResNet, BiRealResNet
 MODELS: dict[str, Callable[..., Network]] = {kind.name: kind for kind in (BinarizedVGG, BinarizedResNet, BiRealResNet)}
 

@@ -137,15 +137,8 @@ class PackedLayer(nn.Module):
             raise ValueError(f"this layer reads {_words(self.inputs)} words a position, got {x.shape[3]}")
         height, width = ((size + 2 * self.padding - self.kernel) // self.stride + 1 for size in x.shape[1:3])
         out = torch.empty((len(x), height, width, self.channels), dtype=torch.int32)
-        kernels.dots(
-            _array(x),
-            _array(self.weight),
-            inputs=self.inputs,
-            kernel=self.kernel,
-            stride=self.stride,
-            padding=self.padding,
-            out=out.numpy(),
-        )
+        shape = dict(inputs=self.inputs, kernel=self.kernel, stride=self.stride, padding=self.padding)
+        kernels.dots(_array(x), _array(self.weight), **shape, out=out.numpy())
         return out
 
     def bits(self, x: Tensor, pool: int = 1) -> Tensor:

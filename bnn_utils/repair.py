@@ -182,16 +182,20 @@ def _guarded(
     targets: Sequence[str],
     store: Callable[[NDArray[np.uint8]], dict[str, NDArray[np.uint8]]],
     read: Callable[..., NDArray[np.uint8]],
-    view: Callable[[Stored], Stored] = lambda held: held,
+    upper: bool = False,
 ) -> Plan:
     """Plan a repair of each target by itself.
 
     Args:
         store: makes what is stored from the bytes of `_used`.
         read: makes the bytes of `_used` from those in memory and what is stored.
-        view: gives a target the mask of the bits that are guarded, where those are not all that are used.
+        upper: guard of each 32-bit float the upper half alone, as if only that had a meaning: a bfloat16.
     """
-    guarded = {name: view(held) for name, held in selected(model, targets).items()}
+    guarded = selected(model, targets)
+    for name, held in guarded.items() if upper else ():
+        if held.tensor.dtype == torch.float32:
+            mask = torch.full(held.tensor.shape, -1 << 16, dtype=torch.int32).view(torch.float32)
+            guarded[name] = held._replace(mask=mask)
     with float32_storage(model):  # memory holds signs, whatever the network was given as
         kept = {
             name: {part: torch.from_numpy(array) for part, array in store(_used(held)).items()}
@@ -234,13 +238,6 @@ def secded(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> Plan:
     return _guarded(model, targets, lambda used: {"check": encode(_words(used))}, read)
 
 
-def _upper(held: Stored) -> Stored:
-    """Return what is held as if of a float32 only the upper half had a meaning, a bfloat16."""
-    if held.tensor.dtype != torch.float32:
-        return held
-    return held._replace(mask=torch.full(held.tensor.shape, -1 << 16, dtype=torch.int32).view(torch.float32))
-
-
 def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS, reads: int = 3, upper: bool = False) -> Plan:
     """Plan to store more copies, in whole bytes, and to read each bit as most of them say.
 
@@ -262,8 +259,7 @@ def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS, reads: int = 3, 
     if reads < 3 or reads % 2 == 0:
         raise ValueError(f"reads must be an odd number of at least 3, got {reads}")
     copies = [f"copy {number}" for number in range(1, reads)]
-    view = _upper if upper else lambda held: held
-    return _guarded(model, targets, lambda used: {copy: used.copy() for copy in copies}, majority, view)
+    return _guarded(model, targets, lambda used: {copy: used.copy() for copy in copies}, majority, upper)
 
 
 def both(first: Plan, second: Plan) -> Plan:
