@@ -1,7 +1,7 @@
 """Which stored bits go wrong: what a network stores, models of errors, and an injection that undoes itself."""
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -272,6 +272,25 @@ def _check_memory(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+@contextmanager
+def replaced(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Give tensors other values until the context ends; `values` is read as they are replaced.
+
+    On leaving, an exception too, each tensor has its own values again, bit for bit.
+    """
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for tensor, value in values:
+                before.append((tensor, tensor.detach().clone()))
+                tensor.copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, saved in reversed(before):  # of memory that two tensors share, the first value last
+                tensor.copy_(saved)
+
+
 _held: WeakSet[nn.Module] = WeakSet()
 
 
@@ -288,28 +307,26 @@ def float32_storage(model: nn.Module) -> Iterator[None]:
     if model in _held:
         yield
         return
-    latent: list[tuple[Tensor, Tensor]] = []
+    as_is = {
+        id(own)
+        for module in model.modules()
+        if not isinstance(module, BINARIZED)
+        for own in module.parameters(recurse=False)
+    }
+
+    def signs() -> Iterator[tuple[Tensor, Tensor]]:
+        for module in model.modules():
+            if isinstance(module, BINARIZED) and id(weight := module.weight) not in as_is:
+                stored = binarize(weight)
+                if not torch.equal(stored, weight):
+                    yield weight, stored
+
     try:
         _held.add(model)
-        as_is = {
-            id(own)
-            for module in model.modules()
-            if not isinstance(module, BINARIZED)
-            for own in module.parameters(recurse=False)
-        }
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, BINARIZED) and id(weight := module.weight) not in as_is:
-                    stored = binarize(weight)
-                    if not torch.equal(stored, weight):
-                        latent.append((weight, weight.detach().clone()))
-                        weight.copy_(stored)
-        yield
+        with replaced(signs()):
+            yield
     finally:
         _held.discard(model)
-        with torch.no_grad():
-            for weight, before in reversed(latent):  # of memory that two weights share, the first value last
-                weight.copy_(before)
 
 
 def _damage(

@@ -1,6 +1,6 @@
 """What a system can do about errors that it did not see happen, and how many bits it stores for that."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bnn_utils.faults import PARAMETERS, Stored, float32_storage, selected
+from bnn_utils.faults import PARAMETERS, Stored, float32_storage, replaced, selected
 
 FLOATS = tuple(kind for kind in PARAMETERS if kind != "weights")  # of a binarized network few bits, integers too
 NUMBERS = tuple(kind for kind in FLOATS if kind != "directions")
@@ -28,22 +28,6 @@ class Plan(NamedTuple):
 
     stored: dict[str, Tensor]
     read: Callable[[], AbstractContextManager[None]]
-
-
-@contextmanager
-def _replaced(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Give tensors other values until the context ends; `values` is read as they are replaced."""
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
-        with torch.no_grad():
-            for tensor, value in values:
-                before.append((tensor, tensor.detach().clone()))
-                tensor.copy_(value)
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, saved in reversed(before):
-                tensor.copy_(saved)
 
 
 def none(model: nn.Module) -> Plan:
@@ -72,7 +56,7 @@ def clip(model: nn.Module, low: float = -1.0, high: float = 1.0) -> Iterator[Non
         raise ValueError(f"clip needs low <= high, got low={low}, high={high}")
     # A packed network has no parameters; its numbers are buffers.
     parameters: list[Tensor] = [*model.parameters()] or [x for x in model.buffers() if x.is_floating_point()]
-    with _replaced((x, x.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(low, high)) for x in parameters):
+    with replaced((x, x.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(low, high)) for x in parameters):
         yield
 
 
@@ -96,7 +80,7 @@ def range_check(model: nn.Module) -> Plan:
         for tensor, low, high, mean in ranges:
             yield tensor, torch.where((tensor >= low) & (tensor <= high), tensor, mean)
 
-    return Plan({}, lambda: _replaced(checked()))
+    return Plan({}, lambda: replaced(checked()))
 
 
 # Every code of 64 data bits and 8 check bits whose columns are different and odd corrects one error and detects two.
@@ -208,7 +192,7 @@ def _guarded(
 
     @contextmanager
     def reading() -> Iterator[None]:
-        with float32_storage(model), _replaced(repaired()):
+        with float32_storage(model), replaced(repaired()):
             yield
 
     return Plan({f"{name}.{part}": x for name, parts in kept.items() for part, x in parts.items()}, reading)
