@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bnn_utils.compiling import njit
+from bnn_utils.compiling import compiled
 
 WORD = 64
 CHUNK = 1 << 18  # positions at a time: their memory stays in cache, and the cost of a step does not show
@@ -81,7 +81,7 @@ def _distance_table(rate: float) -> NDArray[np.uint16]:
     return np.append(0, np.where(sure, longest + 1, 0)).astype(np.uint16)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _look_up(table, lanes, distances, unsure):
     count = 0
     for i in range(len(lanes)):

@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnn_utils.bits import WORD
-from bnn_utils.compiling import njit
+from bnn_utils.compiling import compiled
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _flip(memory, positions, last, counts):
     for position in positions:
         memory[position >> 3] ^= np.uint8(1 << (position & 7))
         counts[position & last] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _flip_back(memory, positions):
     for position in positions:
         memory[position >> 3] ^= np.uint8(1 << (position & 7))

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from bnn_utils.compiling import njit
+from bnn_utils.compiling import compiled
 
 BLOCK = 32  # positions that a thread takes at a time
 PANEL = 32  # filters that lie side by side in memory
@@ -250,7 +250,7 @@ def counter(tile: Tile) -> Any:
 _count_by_popcount, _count_by_carry_save = counter(POPCOUNT), counter(CARRY_SAVE)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def largest_sums(filters, words, down, across, inputs):
     """Return what each filter gives where no bit differs, int32 (kinds down * kinds across, filters).
 
@@ -277,7 +277,7 @@ def largest_sums(filters, words, down, across, inputs):
     return sums
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
     """Compute one block of BLOCK neighbouring positions of `dots`, from padded activations `x`."""
     height, width, words = x.shape[1:]
@@ -322,13 +322,13 @@ def _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, k
             result[c] = most[c] - 2 * counts[j, c]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def dots_blocks(first, last, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
     for block in range(first, last):
         _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def threshold_images(first, last, dots, threshold, direction, pool, out):
     """Max-pool `dots` of some images, in windows of pool x pool, and turn each largest into a bit of `out`.
 
@@ -351,7 +351,7 @@ def threshold_images(first, last, dots, threshold, direction, pool, out):
                     out[image, row, column, k] = _word(reached.ctypes.data + 64 * k) ^ direction[k]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def affine_images(first, last, x, shortcut, scale, shift, clamp, values, out):
     """Compute (x + shortcut) * scale + shift of some images: numbers into `values`, clamped if asked, signs into `out`.
 
@@ -381,7 +381,7 @@ def affine_images(first, last, x, shortcut, scale, shift, clamp, values, out):
                         values[image, row, column, c] = value
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def rectified_images(first, last, x, shortcut, scale, shift, slope, out):
     """Compute y = x * scale + shift + shortcut of some images, and slope * y where it is not positive."""
     for image in range(first, last):
