@@ -5,9 +5,9 @@ import dataclasses
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -155,18 +155,15 @@ def _load_trained(arguments: argparse.Namespace, packed: bool = False) -> tuple[
     model, facts = _load(arguments.checkpoint)
     if packed:
         _check_binarized(arguments.checkpoint, model)
-    dataset = _load_data(arguments)
-    with _named(arguments.checkpoint):
-        dataset = dataset.as_trained(facts)
+    dataset = _fitted(arguments.checkpoint, _load_data(arguments).as_trained, facts)
     device = parallel.device(arguments.device)
     return model.to(device), dataset.test.limit(arguments.limit).to(device)
 
 
-@contextmanager
-def _named(path: str | Path) -> Iterator[None]:
-    """Say in what goes wrong with images which file's network they were to fit."""
+def _fitted(path: str | Path, fit: Callable[[dict[str, Any]], Any], facts: dict[str, Any]) -> Any:
+    """Return `fit(facts)`; say in what goes wrong with images which file's network they were to fit."""
     try:
-        yield
+        return fit(facts)
     except data.DataError as error:
         raise data.DataError(f"{path}: {error}") from None
 
@@ -204,12 +201,10 @@ def _train(arguments: argparse.Namespace) -> None:
     teacher, start, extended = None, None, []
     if arguments.teacher:
         teacher, taught = _load(arguments.teacher)
-        with _named(arguments.teacher):
-            dataset = dataset.as_trained(taught)
+        dataset = _fitted(arguments.teacher, dataset.as_trained, taught)
     if resume:  # an interrupted run has weights and a normalization of its own
         before = state_facts(folder)
-        with _named(folder / STATE_FILE):
-            dataset = dataset.as_trained(before)
+        dataset = _fitted(folder / STATE_FILE, dataset.as_trained, before)
         extended, begun_with = before.get("extended", []), before["recipe"]["epochs"]
         if recipe.epochs > begun_with:
             extended = [*extended, begun_with]
@@ -219,11 +214,9 @@ def _train(arguments: argparse.Namespace) -> None:
             )
     elif arguments.start:
         start, begun = _load(arguments.start)
-        with _named(arguments.start):
-            dataset = dataset.as_trained(begun)
+        dataset = _fitted(arguments.start, dataset.as_trained, begun)
     if teacher is not None:
-        with _named(arguments.teacher):
-            dataset.train.check_trained(taught)
+        _fitted(arguments.teacher, dataset.train.check_trained, taught)
     _, in_channels, _, size = dataset.train.pixels.shape
     torch.manual_seed(recipe.seed)
     config: dict[str, Any] = {"shortcut": SHORTCUTS[arguments.shortcut]} if arguments.shortcut else {}

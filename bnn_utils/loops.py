@@ -1,4 +1,4 @@
-"""The compiled loops of the packed network: XNOR and popcount, thresholds, scale and shift; `kernels` calls them.
+"""The compiled loops of the packed network: XNOR and popcount, thresholds, scale and shift; `packed_layers` calls them.
 
 Activations and weights are words of 64 bits along the input channels, 1 for +1 and 0 for -1. The product of two signs
 is +1 where their bits agree (XNOR), so over n inputs of which d differ, the sum of products is n - 2 d, and d is the
@@ -279,7 +279,10 @@ def largest_sums(filters, words, down, across, inputs):
 
 @compiled
 def _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
-    """Compute one block of BLOCK neighbouring positions of `dots`, from padded activations `x`."""
+    """Compute one block of BLOCK neighbouring positions of a convolution, from padded activations `x`.
+
+    `x` and `filters` are words as in `PackedLayer`; unused bits are 0 in both.
+    """
     height, width, words = x.shape[1:]
     out_height, out_width, channels = out.shape[1:]
     padded = len(filters) * PANEL

@@ -350,15 +350,12 @@ def build(name: str, **config: Any) -> Network:
 
 
 def summary(model: Network) -> pd.DataFrame:
-    """Return what each layer of a network holds and does, one row a layer, in the order of the forward pass.
+    """Return what each layer of a network of this module holds and does, one row each, in the order of the pass.
 
     Columns: layer, type, output (channels x height x width), binary_weights, floats (biases, BatchNorm scale and
     shift, all weights of a float network), statistics (BatchNorm running mean and variance), float32_bytes (every
     number a 32-bit float), packed_bytes (1 bit a binarized weight, the rest 32-bit floats), macs
     (multiply-accumulates for one image). What several layers share counts in the first of them.
-
-    Args:
-        model: a network of this module.
     """
     rows: list[dict[str, Any]] = []
     counted: set[int] = set()

@@ -213,7 +213,10 @@ def _means(maps: Tensor, images: int) -> Tensor:
 
 
 class _PackedLayers(PackedModel):
-    """A packed ResNet: a stage for the image layer, one for each block of layer1 to layer3, and one for the last."""
+    """A packed ResNet: a stage for the image layer, one for each block of layer1 to layer3, and one for what follows.
+
+    The stage of the last block takes the means over its maps too.
+    """
 
     last: tuple[str, ...]
     bn1: Affine
@@ -263,10 +266,7 @@ class PackedBlock(nn.Module):
 
 
 class PackedResNet(_PackedLayers):
-    """`BinarizedResNet`, packed: floats along the shortcuts, bits inside the blocks.
-
-    A stage is the image layer, a block (the last one with the mean over its map), or what follows.
-    """
+    """`BinarizedResNet`, packed: floats along the shortcuts, bits inside the blocks."""
 
     last = ("bn2", "fc", "bn3")
     conv1: PackedLayer
@@ -318,10 +318,7 @@ class PackedUnit(nn.Module):
 
 
 class PackedBiReal(_PackedLayers):
-    """`BiRealResNet`, packed: bits in the convolutions, floats in the stream, the image layer and the last one.
-
-    A stage is the image layer, a unit (the last one with the mean over its map), or the last layer.
-    """
+    """`BiRealResNet`, packed: bits in the convolutions, floats in the stream, the image layer and the last one."""
 
     last = ("fc",)
     conv1: Numbers

@@ -11,7 +11,16 @@ from torch.nn import functional
 from bnn_utils import kernels
 from bnn_utils.bits import WORD, pack_signs, unpack_signs
 from bnn_utils.layers import BINARIZED, BinarizeConv2d
-from bnn_utils.loops import PANEL, affine_images, rectified_images, threshold_images
+from bnn_utils.loops import (
+    BLOCK,
+    CARRY_SAVE,
+    PANEL,
+    affine_images,
+    dots_blocks,
+    largest_sums,
+    rectified_images,
+    threshold_images,
+)
 from bnn_utils.system import one_thread
 
 
@@ -135,10 +144,18 @@ class PackedLayer(nn.Module):
         """
         if x.shape[3] != _words(self.inputs):
             raise ValueError(f"this layer reads {_words(self.inputs)} words a position, got {x.shape[3]}")
-        height, width = ((size + 2 * self.padding - self.kernel) // self.stride + 1 for size in x.shape[1:3])
-        out = torch.empty((len(x), height, width, self.channels), dtype=torch.int32)
-        shape = dict(inputs=self.inputs, kernel=self.kernel, stride=self.stride, padding=self.padding)
-        kernels.dots(_array(x), _array(self.weight), **shape, out=out.numpy())
+        images, height, width, words = x.shape
+        down, row_kind = kernels.geometry(height, self.kernel, self.stride, self.padding)
+        across, column_kind = kernels.geometry(width, self.kernel, self.stride, self.padding)
+        activations, filters, pad = np.ascontiguousarray(_array(x)), _array(self.weight), self.padding
+        if pad:
+            activations = np.zeros((images, height + 2 * pad, width + 2 * pad, words), np.uint64)
+            activations[:, pad:-pad, pad:-pad] = _array(x)
+        largest = largest_sums(filters, words, down, across, self.inputs)
+        out = torch.empty((images, len(row_kind), len(column_kind), self.channels), dtype=torch.int32)
+        blocks = -(-images * len(row_kind) * len(column_kind) // BLOCK)
+        shape = (largest, row_kind * len(across), column_kind, self.kernel, self.stride)
+        kernels.run(dots_blocks, blocks, kernels.TILE is CARRY_SAVE, activations, filters, *shape, out.numpy())
         return out
 
     def bits(self, x: Tensor, pool: int = 1) -> Tensor:
@@ -227,7 +244,8 @@ def _affine(
 
 def shifted_signs(x: Tensor, offset: Tensor) -> Tensor:
     """Return the signs of x + offset as words, for x float32 (images, height, width, channels)."""
-    return _affine(x, None, torch.ones_like(offset), offset, clamp=False, keep=False)[1]
+    scale = torch.ones_like(offset)  # with which a fused multiply-add rounds once, as a sum does
+    return _affine(x, None, scale, offset, clamp=False, keep=False)[1]
 
 
 def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:

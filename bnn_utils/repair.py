@@ -206,13 +206,7 @@ def secded(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> Plan:
     """Plan to guard each word of 64 bits by 8 check bits, see `encode`; a detected double error is left as read.
 
     A word is 64 neighbours among the used bits of one tensor. The last one of a tensor may be shorter: the zeros that
-    fill it up are not stored, but its 8 check bits are.
-
-    Args:
-        targets: what is guarded, in the words of `bnn_utils.faults.inject`.
-
-    Raises:
-        ValueError: a target names nothing that the network stores.
+    fill it up are not stored, but its 8 check bits are. For targets, and what is wrong with them, see `vote`.
     """
 
     def read(used: NDArray[np.uint8], check: NDArray[np.uint8]) -> NDArray[np.uint8]:
