@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from llvmlite import ir
 from matplotlib.figure import Figure
 from numba import njit, types
@@ -14,8 +15,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from benchmarks import common
-from bnn_utils import kernels, loops
+from bnn_utils import loops
 from bnn_utils.bits import WORD
+from bnn_utils.layers import BinarizeConv2d
+from bnn_utils.packed_layers import PackedLayer
 
 # The hidden convolutions of the full VGG, 3x3 with a padding of 1: inputs, channels, height and width.
 LAYERS = ((384, 384, 32), (384, 768, 16), (768, 768, 16), (768, 1536, 8), (1536, 512, 8))
@@ -131,13 +134,12 @@ def layer_call(inputs: int, channels: int, side: int, images: int, threads: int)
     Taps of the padding count as work, as is usual for convolutions.
     """
     generator = np.random.default_rng(0)
-    words, panels = inputs // WORD, channels // loops.PANEL
-    x = generator.integers(0, 1 << 64, (images, side, side, words), np.uint64)
-    filters = generator.integers(0, 1 << 64, (panels, KERNEL**2 * words, loops.PANEL), np.uint64)
-    out = np.empty((images, side, side, channels), np.int32)
+    x = torch.from_numpy(generator.integers(-1 << 63, 1 << 63, (images, side, side, inputs // WORD)))
+    layer = PackedLayer(BinarizeConv2d(inputs, channels, KERNEL, padding=PADDING))
 
     def call() -> None:
-        kernels.dots(x, filters, inputs=inputs, kernel=KERNEL, stride=1, padding=PADDING, out=out, threads=threads)
+        with common.torch_threads(threads):
+            layer(x)
 
     return call, images * side * side * KERNEL**2 * inputs * channels
 

@@ -5,9 +5,9 @@ import dataclasses
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -155,18 +155,15 @@ def _load_trained(arguments: argparse.Namespace, packed: bool = False) -> tuple[
     model, facts = _load(arguments.checkpoint)
     if packed:
         _check_binarized(arguments.checkpoint, model)
-    dataset = _load_data(arguments)
-    with _named(arguments.checkpoint):
-        dataset = dataset.as_trained(facts)
+    dataset = _fitted(arguments.checkpoint, _load_data(arguments).as_trained, facts)
     device = parallel.device(arguments.device)
     return model.to(device), dataset.test.limit(arguments.limit).to(device)
 
 
-@contextmanager
-def _named(path: str | Path) -> Iterator[None]:
-    """Say in what goes wrong with images which file's network they were to fit."""
+def _fitted(path: str | Path, fit: Callable[[dict[str, Any]], Any], facts: dict[str, Any]) -> Any:
+    """Return `fit(facts)`; say in what goes wrong with images which file's network they were to fit."""
     try:
-        yield
+        return fit(facts)
     except data.DataError as error:
         raise data.DataError(f"{path}: {error}") from None
 
@@ -204,12 +201,10 @@ def _train(arguments: argparse.Namespace) -> None:
     teacher, start, extended = None, None, []
     if arguments.teacher:
         teacher, taught = _load(arguments.teacher)
-        with _named(arguments.teacher):
-            dataset = dataset.as_trained(taught)
+        dataset = _fitted(arguments.teacher, dataset.as_trained, taught)
     if resume:  # an interrupted run has weights and a normalization of its own
         before = state_facts(folder)
-        with _named(folder / STATE_FILE):
-            dataset = dataset.as_trained(before)
+        dataset = _fitted(folder / STATE_FILE, dataset.as_trained, before)
         extended, begun_with = before.get("extended", []), before["recipe"]["epochs"]
         if recipe.epochs > begun_with:
             extended = [*extended, begun_with]
@@ -219,11 +214,9 @@ def _train(arguments: argparse.Namespace) -> None:
             )
     elif arguments.start:
         start, begun = _load(arguments.start)
-        with _named(arguments.start):
-            dataset = dataset.as_trained(begun)
+        dataset = _fitted(arguments.start, dataset.as_trained, begun)
     if teacher is not None:
-        with _named(arguments.teacher):
-            dataset.train.check_trained(taught)
+        _fitted(arguments.teacher, dataset.train.check_trained, taught)
     _, in_channels, _, size = dataset.train.pixels.shape
     torch.manual_seed(recipe.seed)
     config: dict[str, Any] = {"shortcut": SHORTCUTS[arguments.shortcut]} if arguments.shortcut else {}
@@ -240,10 +233,8 @@ def _train(arguments: argparse.Namespace) -> None:
         facts["extended"] = extended  # the numbers of epochs that it was begun and gone on with
     if device.type == "cpu":
         facts["threads"] = torch.get_num_threads()  # sums depend on how they are split
-    if arguments.start:
-        facts["start"] = Path(arguments.start).name
-    if arguments.teacher:
-        facts["teacher"] = Path(arguments.teacher).name
+    networks = {"start": arguments.start, "teacher": arguments.teacher}
+    facts |= {name: Path(path).name for name, path in networks.items() if path}
 
     def keep(network: nn.Module, row: dict[str, Any]) -> None:
         facts.update(epoch=row["epoch"], validation_accuracy=row["validation_accuracy"])
@@ -303,16 +294,10 @@ def _pack(arguments: argparse.Namespace) -> None:
     print(f"kept: {output}, {after:,} bytes, {before / after:.1f} times smaller than {arguments.checkpoint}")
 
 
-@contextmanager
-def _executor(arguments: argparse.Namespace) -> Iterator[Executor | None]:
+def _executor(arguments: argparse.Namespace) -> AbstractContextManager[Executor | None]:
     if arguments.workers is not None:
-        with processes(arguments.workers) as executor:
-            yield executor
-    elif arguments.cluster is not None:
-        with cluster(arguments.cluster) as executor:
-            yield executor
-    else:
-        yield None
+        return processes(arguments.workers)
+    return nullcontext() if arguments.cluster is None else cluster(arguments.cluster)
 
 
 def _damage(arguments: argparse.Namespace) -> None:

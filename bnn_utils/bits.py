@@ -1,31 +1,19 @@
 """Bits, without any network: floats seen as bits, signs packed into words, random bit positions drawn exactly."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bnn_utils.compiling import compiled
+
 WORD = 64
 CHUNK = 1 << 18  # positions at a time: their memory stays in cache, and the cost of a step does not show
 _LANES = 1 << 16
-
-compiled: Callable[[Any], Any]
-try:
-    from bnn_utils.compiling import njit
-
-    NUMBA = True
-    compiled = njit(nogil=True, cache=True)
-except ImportError:  # everything works without Numba, more slowly
-    NUMBA = False
-
-    def compiled(function: Any) -> Any:
-        """Leave a function that Numba would compile as it is; without Numba nothing calls it."""
-        return function
 
 
 def float_to_bits(x: Tensor) -> Tensor:
@@ -122,12 +110,8 @@ def _distances(rate: float, longest: float, count: int, generator: np.random.Gen
         return _distance(generator.standard_exponential(count), rate, longest)
     table = _distance_table(rate)
     lanes = generator.integers(1 << 64, size=count // 4 + 1, dtype=np.uint64).view(np.uint16)[:count]
-    if NUMBA:
-        distances, unsure = np.empty(count, np.int64), np.empty(count, np.int64)
-        unsure = unsure[: _look_up(table, lanes, distances, unsure)]
-    else:
-        distances = table[lanes].astype(np.int64)
-        unsure = np.flatnonzero(distances == 0)
+    distances, unsure = np.empty(count, np.int64), np.empty(count, np.int64)
+    unsure = unsure[: _look_up(table, lanes, distances, unsure)]
     uniform = (lanes[unsure] + (1 - generator.random(len(unsure)))) / _LANES
     distances[unsure] = _distance(-np.log(uniform), rate, longest)
     return distances

@@ -51,7 +51,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, **facts: Any) -> None:
         TypeError: the network is not one of `bnn_utils.models`, or a fact is nothing that JSON can hold.
         OSError: the file cannot be written.
     """
-    _save(path, model, model.state_dict(), {**facts, "packed": False})
+    _save(path, model, facts, packed=False)
 
 
 def save_packed(path: str | os.PathLike[str], model: nn.Module, **facts: Any) -> None:
@@ -63,21 +63,20 @@ def save_packed(path: str | os.PathLike[str], model: nn.Module, **facts: Any) ->
 
     Args, Raises: as for `save`.
     """
-    if not (weights := binarized_weights(model)):
+    if not binarized_weights(model):
         raise TypeError(f"only binarized networks can be saved with one bit a weight, got {type(model).__name__}")
-    state = model.state_dict()
-    for name, weight in weights.items():
-        state[name] = torch.from_numpy(pack_signs(weight.detach().cpu().flatten()).view(np.int64))
-    _save(path, model, state, {**facts, "packed": True})
+    _save(path, model, facts, packed=True)
 
 
-def _save(path: str | os.PathLike[str], model: nn.Module, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    config = config_of(model)
-    if config is None or (config.get("binary", True) and not binarized_weights(model)):
+def _save(path: str | os.PathLike[str], model: nn.Module, facts: dict[str, Any], packed: bool) -> None:
+    config, weights, state = config_of(model), binarized_weights(model), model.state_dict()
+    if config is None or (config.get("binary", True) and not weights):
         raise TypeError(f"only networks of bnn_utils.models can be saved, got {type(model).__name__}")
+    for name, weight in weights.items() if packed else ():
+        state[name] = torch.from_numpy(pack_signs(weight.detach().cpu().flatten()).view(np.int64))
     versions = {"bnn_utils": bnn_utils.__version__, "torch": torch.__version__}
     known = trained_on(model)
-    facts = {key: known[key] for key in ("mean", "std", "classes") if key in known} | facts
+    facts = {key: known[key] for key in ("mean", "std", "classes") if key in known} | facts | {"packed": packed}
     described = json.dumps({"network": name_of(model), "config": config, **facts, "versions": versions})
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     header = {"format": FORMAT, "facts": described, "sha256": checksum(described, tensors)}
@@ -234,12 +233,8 @@ def _recognize(file: Path, state: dict[str, Tensor]) -> dict[str, Any]:
         if "features.0.weight" in state:
             first, last = state["features.0.weight"], state["classifier.6.weight"]
             side = (state["classifier.0.weight"].shape[1] / state["features.17.weight"].shape[0]) ** 0.5
-            config = dict(
-                num_classes=len(last),
-                width=len(first) / 384,
-                in_channels=first.shape[1],
-                input_size=round(8 * side),
-            )
+            sizes = dict(in_channels=first.shape[1], input_size=round(8 * side))
+            config = dict(num_classes=len(last), width=len(first) / 384, **sizes)
             return {"network": "vgg_cifar10_binary", "config": config}
         if "conv1.weight" in state:
             first = state["conv1.weight"]

@@ -1,7 +1,4 @@
-"""Numba's compiler, with a cache on disk that may be missing, broken or full: that costs time, and nothing else.
-
-Importing this module needs Numba; `bnn_utils.bits` and `bnn_utils.packed` have other ways where it is missing.
-"""
+"""Numba's compiler, with a cache on disk that may be missing, broken or full: that costs time, and nothing else."""
 
 import warnings
 from collections.abc import Callable
@@ -44,20 +41,15 @@ class _Cache(FunctionCache):
             _tell(f"in {self.cache_path} cannot be written")
 
 
-def njit(*, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Return the decorator that `numba.njit` is with these options; with `cache`, compiled code is kept on disk.
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function by Numba, free of Python's lock, and keep the code on disk.
 
     Where no folder for it can be written, or what lies there cannot be read, the code is compiled anew; a warning says
     so, once in a process.
     """
-
-    def compiled(function: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(**options)(function)
-        if cache:
-            try:
-                dispatcher._cache = _Cache(function)  # as its enable_caching does, with Numba's own class
-            except RuntimeError:  # "no locator available"
-                _tell("has no folder that can be written")
-        return dispatcher
-
-    return compiled
+    dispatcher: Any = numba.njit(nogil=True)(function)
+    try:
+        dispatcher._cache = _Cache(function)  # as its enable_caching does, with Numba's own class
+    except RuntimeError:  # "no locator available"
+        _tell("has no folder that can be written")
+    return dispatcher

@@ -56,8 +56,7 @@ class Images:
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """Return uint8 `pixels` (n, channels, height, width) as floats, (pixel / 255 - mean) / std per channel."""
-        mean = torch.tensor(self.mean, device=pixels.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(1, -1, 1, 1)
+        mean, std = (torch.tensor(x, device=pixels.device).view(1, -1, 1, 1) for x in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
@@ -189,30 +188,27 @@ def augment(pixels: Tensor, padding: int, flip: bool, generator: torch.Generator
     return pixels.contiguous()
 
 
-@dataclass(frozen=True)
-class _Raw:
-    pixels: np.ndarray  # uint8 (n, channels, height, width)
-    labels: np.ndarray  # int64 (n,)
+_Raw = tuple[np.ndarray, np.ndarray]  # pixels, uint8 (n, channels, height, width); labels, int64 (n,)
 
 
 def _assemble(
     train: _Raw, test: _Raw, validation: int, dataset: str, classes: Sequence[str], padding: int, flip: bool
 ) -> Dataset:
-    indices = np.arange(len(train.labels))
+    pixels, labels = train
+    indices = np.arange(len(labels))
     try:
-        kept, held_out = train_test_split(indices, test_size=validation, stratify=train.labels, random_state=SPLIT_SEED)
+        kept, held_out = train_test_split(indices, test_size=validation, stratify=labels, random_state=SPLIT_SEED)
     except ValueError as error:
         raise DataError(f"{dataset}: cannot hold out {validation} training images for validation ({error})") from None
-    scaled = train.pixels[kept].reshape(len(kept), train.pixels.shape[1], -1) / np.float32(255)
+    scaled = pixels[kept].reshape(len(kept), pixels.shape[1], -1) / np.float32(255)
     mean = tuple(float(m) for m in scaled.mean((0, 2), dtype=np.float64))
     std = tuple(max(float(s), 1e-3) for s in scaled.std((0, 2), dtype=np.float64))
 
     def images(raw: _Raw, order: np.ndarray) -> Images:
-        pixels = torch.from_numpy(np.ascontiguousarray(raw.pixels[order]))
-        labels = torch.from_numpy(raw.labels[order].astype(np.int64))
+        pixels, labels = (torch.from_numpy(np.ascontiguousarray(part[order])) for part in raw)
         return Images(pixels, labels, mean, std, dataset, tuple(classes))
 
-    shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(test.labels))
+    shuffled = np.random.default_rng(SPLIT_SEED).permutation(len(test[1]))
     return Dataset(images(train, kept), images(train, held_out), images(test, shuffled), padding, flip)
 
 
@@ -228,9 +224,7 @@ def digits() -> Dataset:
     labels = bunch.target.astype(np.int64)
     rest, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=SPLIT_SEED)
     classes = [str(name) for name in bunch.target_names]
-    return _assemble(
-        _Raw(pixels[rest], labels[rest]), _Raw(pixels[test], labels[test]), 360, "digits", classes, 0, False
-    )
+    return _assemble((pixels[rest], labels[rest]), (pixels[test], labels[test]), 360, "digits", classes, 0, False)
 
 
 SAMPLE = Path(__file__).with_name("cifar10-sample.zip")
@@ -302,20 +296,8 @@ def _entries(folder: Path) -> tuple[list[Path], int]:
     return kept, len(every) - len(kept)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The pictures of train/ or test/.
-
-    Attributes:
-        classes: the folders, sorted by name, with the paths of their pictures.
-        passed_over: how many hidden and system files and folders there are beside.
-    """
-
-    classes: dict[str, list[Path]]
-    passed_over: int
-
-
-def _list_part(folder: Path) -> _Part:
+def _list_part(folder: Path) -> tuple[dict[str, list[Path]], int]:
+    """Return the classes of train/ or test/, sorted by name, with the paths of their pictures; what is passed over."""
     entries, passed_over = _entries(folder)
     classes = {}
     for entry in entries:
@@ -325,7 +307,7 @@ def _list_part(folder: Path) -> _Part:
             passed_over += hidden
     if not classes:
         raise DataError(f"{folder}: holds no class folders, expected {folder}/<class>/<pictures>")
-    return _Part(classes, passed_over)
+    return classes, passed_over
 
 
 def _in_order_of(title: str, classes: Sequence[str], root: Path, names: Sequence[str]) -> dict[str, str]:
@@ -369,7 +351,7 @@ def _read_part(folder: Path, classes: Mapping[str, Sequence[Path]]) -> tuple[_Ra
             seen, wanted = (f"{s[1]}x{s[0]}" for s in (picture.shape, shape))
             raise DataError(f"{path}: is {seen} pixels, the others of its set {wanted}; make all of one size")
     pixels = np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))
-    return _Raw(pixels, labels.astype(np.int64)), {path.suffix.lower() for path in paths}
+    return (pixels, labels.astype(np.int64)), {path.suffix.lower() for path in paths}
 
 
 def image_folder(
@@ -394,22 +376,23 @@ def image_folder(
     for part in ("train", "test"):
         if not (root / part).is_dir():
             raise DataError(f"{root}: no folder {part}/ in it, expected train/<class>/ and test/<class>/ pictures")
-    listed = {part: _list_part(root / part) for part in ("train", "test")}
-    names, others = (list(part.classes) for part in listed.values())
+    listed, passed_over = zip(*(_list_part(root / part) for part in ("train", "test")))
+    names, others = map(list, listed)
     if names != others:
         differing = ", ".join(sorted(set(names) ^ set(others)))
         raise DataError(f"{root}: train/ and test/ hold different classes ({differing})")
     title = name or root.resolve().name
     known = dict(zip(names, names)) if classes is None else _in_order_of(title, classes, root, names)
     (train, suffixes), (test, _) = (
-        _read_part(root / part, {folder: found.classes[folder] for folder in known}) for part, found in listed.items()
+        _read_part(root / part, {folder: found[folder] for folder in known})
+        for part, found in zip(("train", "test"), listed)
     )
-    if train.pixels.shape[1:] != test.pixels.shape[1:]:
+    if train[0].shape[1:] != test[0].shape[1:]:
         raise DataError(f"{root}: the pictures of train/ and test/ differ in size")
     kinds = "/".join(sorted({suffix[1:].upper().replace("JPG", "JPEG") for suffix in suffixes}))
-    held_out = max(len(known), len(train.labels) // 10)
+    held_out = max(len(known), len(train[1]) // 10)
     dataset = _assemble(train, test, held_out, f"{title} ({kinds})", list(known.values()), 4, True)
-    return replace(dataset, passed_over=sum(part.passed_over for part in listed.values()))
+    return replace(dataset, passed_over=sum(passed_over))
 
 
 @dataclass(frozen=True)
@@ -471,10 +454,9 @@ def _torchvision(published: _Published, path: Path, download: bool) -> Dataset:
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
         if pixels.shape[-1] == 28:  # the networks want a multiple of 8
             pixels = np.pad(pixels, [(0, 0), (0, 0), (2, 2), (2, 2)])
-        return _Raw(np.ascontiguousarray(pixels), np.asarray(part.targets, np.int64))
+        return np.ascontiguousarray(pixels), np.asarray(part.targets, np.int64)
 
-    validation = len(train) // 10
-    classes = list(train.classes)
+    validation, classes = len(train) // 10, list(train.classes)
     return _assemble(raw(train), raw(test), validation, published.title, classes, published.padding, published.flip)
 
 

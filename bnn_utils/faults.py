@@ -170,7 +170,8 @@ def stored_tensors(model: nn.Module) -> dict[str, Stored]:
             raise TypeError(f"{name or 'the network'} ({type(module).__name__}) cannot be damaged: {reason}")
         masks: Any = getattr(module, "masks", None)
         packed = isinstance(masks, dict)
-        kinds = _PACKED_KINDS if packed else _kinds(module)
+        ordinary = next((own for known, own in _OWN_KINDS.items() if isinstance(module, known)), _LAYER_KINDS)
+        kinds = _PACKED_KINDS if packed else ordinary
         own = [(key, x, True) for key, x in module.named_parameters(recurse=False)]
         own += [(key, x, False) for key, x in module.named_buffers(recurse=False)]
         for key, tensor, parameter in own:
@@ -190,14 +191,6 @@ def stored_tensors(model: nn.Module) -> dict[str, Stored]:
                 seen.add(shared)
                 found[full] = Stored(kind, tensor, masks.get(key) if packed else None)
     return found
-
-
-def _kinds(layer: nn.Module) -> dict[str, str]:
-    """Return the kinds of an ordinary layer's tensors, by their names in it."""
-    for known, own in _OWN_KINDS.items():
-        if isinstance(layer, known):
-            return own
-    return _LAYER_KINDS
 
 
 _INSTEAD = "damage the float network that it was made from, or what bnn_utils.packed.pack makes of it"
@@ -279,6 +272,25 @@ def _check_memory(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+@contextmanager
+def replaced(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Give tensors other values until the context ends; `values` is read as they are replaced.
+
+    On leaving, an exception too, each tensor has its own values again, bit for bit.
+    """
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for tensor, value in values:
+                before.append((tensor, tensor.detach().clone()))
+                tensor.copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, saved in reversed(before):  # of memory that two tensors share, the first value last
+                tensor.copy_(saved)
+
+
 _held: WeakSet[nn.Module] = WeakSet()
 
 
@@ -295,28 +307,26 @@ def float32_storage(model: nn.Module) -> Iterator[None]:
     if model in _held:
         yield
         return
-    latent: list[tuple[Tensor, Tensor]] = []
+    as_is = {
+        id(own)
+        for module in model.modules()
+        if not isinstance(module, BINARIZED)
+        for own in module.parameters(recurse=False)
+    }
+
+    def signs() -> Iterator[tuple[Tensor, Tensor]]:
+        for module in model.modules():
+            if isinstance(module, BINARIZED) and id(weight := module.weight) not in as_is:
+                stored = binarize(weight)
+                if not torch.equal(stored, weight):
+                    yield weight, stored
+
     try:
         _held.add(model)
-        as_is = {
-            id(own)
-            for module in model.modules()
-            if not isinstance(module, BINARIZED)
-            for own in module.parameters(recurse=False)
-        }
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, BINARIZED) and id(weight := module.weight) not in as_is:
-                    stored = binarize(weight)
-                    if not torch.equal(stored, weight):
-                        latent.append((weight, weight.detach().clone()))
-                        weight.copy_(stored)
-        yield
+        with replaced(signs()):
+            yield
     finally:
         _held.discard(model)
-        with torch.no_grad():
-            for weight, before in reversed(latent):  # of memory that two weights share, the first value last
-                weight.copy_(before)
 
 
 def _damage(
@@ -342,9 +352,9 @@ def _damage(
 
 @contextmanager
 def _damaged(
-    chosen: dict[str, Stored], flips: Flips, probability: float, seed: int, error: str | ErrorModel
+    stored: dict[str, Stored], chosen: dict[str, Stored], probability: float, seed: int, error: str | ErrorModel
 ) -> Iterator[Flips]:
-    """Check the arguments, damage what is chosen, count in `flips` and yield it; on leaving every bit is back."""
+    """Check the arguments, damage what is chosen of what is stored, count and yield; on leaving every bit is back."""
     probability = check_probability(probability)
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
@@ -355,24 +365,21 @@ def _damaged(
     for name, (_, tensor, _) in chosen.items():
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype != torch.float32:
             raise TypeError(f"{name} must be float32 to be damaged, got {tensor.dtype}")
+    widest = max((8 * held.tensor.element_size() for held in stored.values()), default=BITS)
+    flips = Flips(bits=np.zeros(max(BITS, widest), np.int64))
     with ExitStack() as undo:
-        for name, stored in chosen.items():
+        for name, held in chosen.items():
             # From p = 1/32 on, a copy of the tensor takes less memory than the list of its flips, 4 bytes each.
-            bits = bits_of(stored.tensor, copy=32 * probability > 1)
+            bits = bits_of(held.tensor, copy=32 * probability > 1)
             undo.callback(bits.restore)
             # A stream of its own for every tensor: its errors do not depend on which other tensors are targets.
             generator = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))  # numpy's fastest
-            _damage(stored, bits, probability, error, generator)
+            _damage(held, bits, probability, error, generator)
             count = int(bits.counts.sum())
             if count:
                 flips.tensors[name] = count
                 flips.bits += bits.counts[: len(flips.bits)]
         yield flips
-
-
-def _no_flips(stored: Iterable[Stored]) -> Flips:
-    widest = max((8 * held.tensor.element_size() for held in stored), default=BITS)
-    return Flips(bits=np.zeros(max(BITS, widest), np.int64))
 
 
 @contextmanager
@@ -386,15 +393,13 @@ def inject(
 ) -> Iterator[Flips]:
     """Damage the memory of `model` in place; on leaving, an exception too, every bit is back.
 
-    Memory is float32 storage: every parameter a 32-bit float, binarized weights as +1.0 and -1.0, all others (biases,
-    BatchNorm scale and shift, the weights of a float network, any parameter of another name) as trained; running
-    statistics, and buffers of other names, are error-free unless targeted. What several layers share is stored once,
-    and damaged once. A network of which some numbers cannot be damaged is refused. A packed network's memory is packed
-    storage, its buffers as they are. Every bit of the targeted tensors errs with the probability that the error model
-    gives it, exactly; bits that hold nothing never change. With "flip" errors are independent: their number is
-    binomial, their positions distinct and uniform. Work and memory follow the number of errors. The errors of a tensor
-    depend on `seed`, `probability`, `error`, its name, size and mask, and, if the rates differ, on its bits, not on the
-    device, the threads or the other targets.
+    Memory is float32 storage: every parameter a 32-bit float, binarized weights as +1.0 and -1.0, all others as
+    trained; running statistics, and buffers of other names, are error-free unless targeted. A packed network's memory
+    is packed storage, its buffers as they are; see `stored_tensors`. Every bit of the targeted tensors errs with the
+    probability that the error model gives it, exactly; bits that hold nothing never change. With "flip" errors are
+    independent: their number is binomial, their positions distinct and uniform. Work and memory follow the number of
+    errors. The errors of a tensor depend on `seed`, `probability`, `error`, its name, size and mask, and, if the rates
+    differ, on its bits, not on the device, the threads or the other targets.
 
     A damaged float32 weight of a binarized layer still acts as one bit, since the layer binarizes it: only its sign
     matters, and NaN reads as -1.
@@ -420,7 +425,7 @@ def inject(
     chosen = _select(network, targets)
     if targets and not chosen:
         raise ValueError(f"targets {targets} name nothing that this network ({type(model).__name__}) stores")
-    with float32_storage(model), _damaged(chosen, _no_flips(network.values()), probability, seed, error) as flips:
+    with float32_storage(model), _damaged(network, chosen, probability, seed, error) as flips:
         yield flips
 
 
@@ -442,6 +447,6 @@ def inject_tensors(
         TypeError: a tensor holds floats that are not float32, or is not plain memory of its own, see `targeted`.
     """
     _check_memory(tensors)
-    chosen = {name: Stored("", tensor) for name, tensor in tensors.items()}
-    with _damaged(chosen, _no_flips(chosen.values()), probability, seed, error) as flips:
+    stored = {name: Stored("", tensor) for name, tensor in tensors.items()}
+    with _damaged(stored, stored, probability, seed, error) as flips:
         yield flips

@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bnn_utils.bits import NUMBA, WORD, compiled
+from bnn_utils.bits import WORD
+from bnn_utils.compiling import compiled
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -104,5 +105,5 @@ class IndexedBits:
 
 def bits_of(tensor: Tensor, copy: bool = False) -> MemoryBits | IndexedBits:
     """Return the bits of `tensor` in the fastest way there is for it; see `MemoryBits`."""
-    in_memory = NUMBA and sys.byteorder == "little" and tensor.device.type == "cpu" and tensor.is_contiguous()
+    in_memory = sys.byteorder == "little" and tensor.device.type == "cpu" and tensor.is_contiguous()
     return MemoryBits(tensor, copy) if in_memory else IndexedBits(tensor, copy)

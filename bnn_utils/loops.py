@@ -1,4 +1,4 @@
-"""The compiled loops of the packed network: XNOR and popcount, thresholds, scale and shift; `kernels` calls them.
+"""The compiled loops of the packed network: XNOR and popcount, thresholds, scale and shift; `packed_layers` calls them.
 
 Activations and weights are words of 64 bits along the input channels, 1 for +1 and 0 for -1. The product of two signs
 is +1 where their bits agree (XNOR), so over n inputs of which d differ, the sum of products is n - 2 d, and d is the
@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from bnn_utils.compiling import njit
+from bnn_utils.compiling import compiled
 
 BLOCK = 32  # positions that a thread takes at a time
 PANEL = 32  # filters that lie side by side in memory
@@ -250,7 +250,7 @@ def counter(tile: Tile) -> Any:
 _count_by_popcount, _count_by_carry_save = counter(POPCOUNT), counter(CARRY_SAVE)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def largest_sums(filters, words, down, across, inputs):
     """Return what each filter gives where no bit differs, int32 (kinds down * kinds across, filters).
 
@@ -277,9 +277,12 @@ def largest_sums(filters, words, down, across, inputs):
     return sums
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
-    """Compute one block of BLOCK neighbouring positions of `dots`, from padded activations `x`."""
+    """Compute one block of BLOCK neighbouring positions of a convolution, from padded activations `x`.
+
+    `x` and `filters` are words as in `PackedLayer`; unused bits are 0 in both.
+    """
     height, width, words = x.shape[1:]
     out_height, out_width, channels = out.shape[1:]
     padded = len(filters) * PANEL
@@ -322,15 +325,18 @@ def _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, k
             result[c] = most[c] - 2 * counts[j, c]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def dots_blocks(first, last, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out):
     for block in range(first, last):
         _dots_block(block, carry_save, x, filters, largest, row_kind, column_kind, kernel, stride, out)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def threshold_images(first, last, dots, threshold, direction, pool, out):
-    """Compute some images of `threshold_bits`."""
+    """Max-pool `dots` of some images, in windows of pool x pool, and turn each largest into a bit of `out`.
+
+    It is largest >= threshold, inverted where the direction's bit is 1.
+    """
     channels, words = dots.shape[3], out.shape[3]
     largest, limits = np.empty(channels, np.int32), threshold.astype(np.int32)
     reached = np.zeros(64 * words, np.bool_)
@@ -348,9 +354,12 @@ def threshold_images(first, last, dots, threshold, direction, pool, out):
                     out[image, row, column, k] = _word(reached.ctypes.data + 64 * k) ^ direction[k]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def affine_images(first, last, x, shortcut, scale, shift, clamp, values, out):
-    """Compute some images of `affine`."""
+    """Compute (x + shortcut) * scale + shift of some images: numbers into `values`, clamped if asked, signs into `out`.
+
+    A shortcut without images adds nothing; without images in `values` only the signs are wanted.
+    """
     channels, words = x.shape[3], out.shape[3]
     kept = values.shape[0] > 0
     added = shortcut.shape[0] > 0
@@ -375,23 +384,9 @@ def affine_images(first, last, x, shortcut, scale, shift, clamp, values, out):
                         values[image, row, column, c] = value
 
 
-@njit(nogil=True, cache=True)
-def shifted_images(first, last, x, offset, out):
-    """Compute some images of `shifted_bits`."""
-    channels, words = x.shape[3], out.shape[3]
-    positive = np.zeros(64 * words, np.bool_)
-    for image in range(first, last):
-        for row in range(x.shape[1]):
-            for column in range(x.shape[2]):
-                for c in range(channels):
-                    positive[c] = x[image, row, column, c] + offset[c] >= 0
-                for k in range(words):
-                    out[image, row, column, k] = _word(positive.ctypes.data + 64 * k)
-
-
-@njit(nogil=True, cache=True)
+@compiled
 def rectified_images(first, last, x, shortcut, scale, shift, slope, out):
-    """Compute some images of `rectify`."""
+    """Compute y = x * scale + shift + shortcut of some images, and slope * y where it is not positive."""
     for image in range(first, last):
         for row in range(x.shape[1]):
             for column in range(x.shape[2]):

@@ -1,6 +1,7 @@
 """The two published networks and a modern ResNet, at any width, binarized or not; what their layers cost."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -59,33 +60,60 @@ def _linear(binary: bool, before: int, after: int) -> nn.Linear:
     return BinarizeLinear(before, after) if binary else nn.Linear(before, after)
 
 
-def _kind(binary: bool) -> dict[str, Any]:
+def _checked(divisor: int, binary: bool, **config: Any) -> dict[str, Any]:
+    """Return the configuration of a network whose images have sides of a multiple of `divisor` pixels, as it is kept.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+    if config["num_classes"] < 2:
+        raise ValueError(f"num_classes must be at least 2, got {config['num_classes']}")
+    if not 0 < config["width"] <= 4:
+        raise ValueError(f"width must lie in (0, 4], got {config['width']}")
+    if config["in_channels"] < 1:
+        raise ValueError(f"in_channels must be at least 1, got {config['in_channels']}")
+    if config["input_size"] < divisor or config["input_size"] % divisor:
+        raise ValueError(f"input_size must be a positive multiple of {divisor}, got {config['input_size']}")
+    if not isinstance(config.get("shortcut", True), bool):
+        raise ValueError(f"shortcut must be True or False, got {config['shortcut']!r}")
+    if config.get("depth", 8) < 8:
+        raise ValueError(f"depth must be at least 8, got {config['depth']}")
     # Nothing for binarized networks: their files and runs say the same as before there were float ones.
-    return {} if binary else {"binary": False}
-
-
-def _check_sizes(num_classes: int, width: float, in_channels: int, input_size: int, divisor: int) -> None:
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-    if not 0 < width <= 4:
-        raise ValueError(f"width must lie in (0, 4], got {width}")
-    if in_channels < 1:
-        raise ValueError(f"in_channels must be at least 1, got {in_channels}")
-    if input_size < divisor or input_size % divisor:
-        raise ValueError(f"input_size must be a positive multiple of {divisor}, got {input_size}")
+    return config if binary else {**config, "binary": False}
 
 
 class BinarizedVGG(Network):
-    """Six binarized 3x3 convolutions and three binarized linear layers; see `vgg_cifar10_binary`."""
+    """The binarized VGG of BinaryNet, untrained.
+
+    At width 1.0: convolutions 384, 384 + pool, 768, 768 + pool, 1536, 512 + pool (pooling before BatchNorm), then
+    linear layers 1024, 1024, num_classes; BatchNorm and Hardtanh after each, the last BatchNorm without scale and
+    shift and not followed by Hardtanh. Parameter names are those of itayhubara/BinaryNet.pytorch; that network ends
+    in a log-softmax, which this one leaves to the loss.
+
+    Args:
+        num_classes: outputs, at least 2.
+        width: factor on every channel and hidden count, in (0, 4].
+        in_channels: of the image, which is not binarized.
+        input_size: height and width of the image in pixels, a multiple of 8.
+        binary: False builds the float network of the same shape: ordinary convolutions and linear layers in the place
+            of the binarized ones, everything else the same.
+
+    Shapes: images (batch, in_channels, input_size, input_size) -> logits (batch, num_classes).
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Hubara et al., Binarized Neural Networks, NeurIPS 2016; the layer list of BinaryNet.pytorch.
+    """
 
     name = "vgg_cifar10_binary"
 
-    def __init__(self, num_classes: int, width: float, in_channels: int, input_size: int, binary: bool = True):
+    def __init__(
+        self, num_classes: int = 10, width: float = 1.0, in_channels: int = 3, input_size: int = 32, binary: bool = True
+    ):
         super().__init__()
-        _check_sizes(num_classes, width, in_channels, input_size, divisor=8)
-        self.config = dict(
-            num_classes=num_classes, width=width, in_channels=in_channels, input_size=input_size, **_kind(binary)
-        )
+        sizes = dict(num_classes=num_classes, width=width, in_channels=in_channels, input_size=input_size)
+        self.config = _checked(8, binary, **sizes)
         channels = [_channels(c, width) for c in (384, 384, 768, 768, 1536, 512)]
         hidden = _channels(1024, width)
 
@@ -111,35 +139,6 @@ class BinarizedVGG(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))
-
-
-def vgg_cifar10_binary(
-    num_classes: int = 10, width: float = 1.0, in_channels: int = 3, input_size: int = 32, binary: bool = True
-) -> BinarizedVGG:
-    """Return the binarized VGG of BinaryNet, untrained.
-
-    At width 1.0: convolutions 384, 384 + pool, 768, 768 + pool, 1536, 512 + pool (pooling before BatchNorm), then
-    linear layers 1024, 1024, num_classes; BatchNorm and Hardtanh after each, the last BatchNorm without scale and
-    shift and not followed by Hardtanh. Parameter names are those of itayhubara/BinaryNet.pytorch; that network ends
-    in a log-softmax, which this one leaves to the loss.
-
-    Args:
-        num_classes: outputs, at least 2.
-        width: factor on every channel and hidden count, in (0, 4].
-        in_channels: of the image, which is not binarized.
-        input_size: height and width of the image in pixels, a multiple of 8.
-        binary: False builds the float network of the same shape: ordinary convolutions and linear layers in the place
-            of the binarized ones, everything else the same.
-
-    Returns:
-        A module from images (batch, in_channels, input_size, input_size) to logits (batch, num_classes).
-
-    Raises:
-        ValueError: an argument outside its range.
-
-    Source: Hubara et al., Binarized Neural Networks, NeurIPS 2016; the layer list of BinaryNet.pytorch.
-    """
-    return BinarizedVGG(num_classes, width, in_channels, input_size, binary)
 
 
 class BasicBlock(nn.Module):
@@ -183,7 +182,22 @@ class BasicBlock(nn.Module):
 
 
 class BinarizedResNet(Network):
-    """A binarized ResNet of basic blocks for small images; see `resnet_binary`."""
+    """The binarized ResNet of BinaryNet for small images, untrained.
+
+    At width 1.0: a convolution to 80 channels, three stages of (depth - 2) // 6 basic blocks with 80, 160 and 320
+    channels, average pooling, BatchNorm, Hardtanh, a binarized linear layer and a last BatchNorm. The last block ends
+    without BatchNorm and Hardtanh. Parameter names are those of itayhubara/BinaryNet.pytorch, whose network also
+    declares, and never uses, a BatchNorm in that block: such keys are dropped on loading.
+
+    Args:
+        depth: at least 8; 18 gives two blocks a stage.
+        input_size: height and width of the image in pixels, a multiple of 4.
+        shortcut: True adds it to the sums of the second convolution, as published, beside which it is small; False
+            leaves out every shortcut, to see what they carry.
+        num_classes, width, in_channels, binary: as in `BinarizedVGG`; shapes and errors too.
+
+    Source: He et al., Deep Residual Learning, CVPR 2016, section 4.2; the layer list of BinaryNet.pytorch.
+    """
 
     name = "resnet_binary"
     layer1: nn.Sequential
@@ -192,29 +206,17 @@ class BinarizedResNet(Network):
 
     def __init__(
         self,
-        num_classes: int,
-        depth: int,
-        width: float,
-        in_channels: int,
-        input_size: int,
-        shortcut: bool,
+        num_classes: int = 10,
+        depth: int = 18,
+        width: float = 1.0,
+        in_channels: int = 3,
+        input_size: int = 32,
+        shortcut: bool = True,
         binary: bool = True,
     ):
         super().__init__()
-        _check_sizes(num_classes, width, in_channels, input_size, divisor=4)
-        if not isinstance(shortcut, bool):
-            raise ValueError(f"shortcut must be True or False, got {shortcut!r}")
-        if depth < 8:
-            raise ValueError(f"depth must be at least 8, got {depth}")
-        self.config = dict(
-            num_classes=num_classes,
-            depth=depth,
-            width=width,
-            in_channels=in_channels,
-            input_size=input_size,
-            shortcut=shortcut,
-            **_kind(binary),
-        )
+        sizes = dict(num_classes=num_classes, depth=depth, width=width, in_channels=in_channels, input_size=input_size)
+        self.config = _checked(4, binary, **sizes, shortcut=shortcut)
         blocks = (depth - 2) // 6
         channels = [_channels(c, width) for c in (80, 160, 320)]
         self.conv1 = _convolution(binary, in_channels, channels[0], 3, padding=1, bias=False, binarize_input=False)
@@ -252,44 +254,6 @@ class BinarizedResNet(Network):
         return self.bn3(self.fc(x))
 
 
-def resnet_binary(
-    num_classes: int = 10,
-    depth: int = 18,
-    width: float = 1.0,
-    in_channels: int = 3,
-    input_size: int = 32,
-    shortcut: bool = True,
-    binary: bool = True,
-) -> BinarizedResNet:
-    """Return the binarized ResNet of BinaryNet for small images, untrained.
-
-    At width 1.0: a convolution to 80 channels, three stages of (depth - 2) // 6 basic blocks with 80, 160 and 320
-    channels, average pooling, BatchNorm, Hardtanh, a binarized linear layer and a last BatchNorm. The last block ends
-    without BatchNorm and Hardtanh. Parameter names are those of itayhubara/BinaryNet.pytorch, whose network also
-    declares, and never uses, a BatchNorm in that block: such keys are dropped on loading.
-
-    Args:
-        num_classes: outputs, at least 2.
-        depth: at least 8; 18 gives two blocks a stage.
-        width: factor on every channel count, in (0, 4].
-        in_channels: of the image, which is not binarized.
-        input_size: height and width of the image in pixels, a multiple of 4.
-        shortcut: True adds it to the sums of the second convolution, as published, beside which it is small; False
-            leaves out every shortcut, to see what they carry.
-        binary: False builds the float network of the same shape: ordinary convolutions and linear layers in the place
-            of the binarized ones, everything else the same.
-
-    Returns:
-        A module from images (batch, in_channels, input_size, input_size) to logits (batch, num_classes).
-
-    Raises:
-        ValueError: an argument outside its range.
-
-    Source: He et al., Deep Residual Learning, CVPR 2016, section 4.2; the layer list of BinaryNet.pytorch.
-    """
-    return BinarizedResNet(num_classes, depth, width, in_channels, input_size, shortcut, binary)
-
-
 class BiRealUnit(nn.Module):
     """One binarized 3x3 convolution with a shortcut of its own: y = PReLU(BN(conv(sign(x + shift))) + shortcut(x)).
 
@@ -317,7 +281,22 @@ class BiRealUnit(nn.Module):
 
 
 class BiRealResNet(Network):
-    """A binarized ResNet whose stream stays real-valued; see `resnet_bireal`."""
+    """A modern binarized ResNet for small images, untrained: one shortcut a convolution, a real-valued stream.
+
+    At width 1.0: a float convolution to 80 channels and BatchNorm, three stages of 2 * ((depth - 2) // 6) units of 80,
+    160 and 320 channels, average pooling and a float linear layer; see `BiRealUnit`. ReActNet's activation shifts its
+    input and its output as well, by a learned number a channel: here the BatchNorm before it, the threshold of the
+    next sign and the next BatchNorm can say the same, so these shifts are left out, and fewer floats are stored.
+
+    Args:
+        depth: at least 8; 18 gives four units a stage.
+        width: factor on the first channel count, in (0, 4]; each stage has twice the channels of the one before.
+        input_size: height and width of the image in pixels, a multiple of 4.
+        num_classes, in_channels, binary: as in `BinarizedVGG`; shapes and errors too.
+
+    Source: Liu et al., Bi-Real Net, ECCV 2018 (arXiv:1808.00278): a shortcut a convolution, the polynomial gradient;
+    Liu et al., ReActNet, ECCV 2020 (arXiv:2003.03488): learned thresholds and slopes, shortcuts without weights.
+    """
 
     name = "resnet_bireal"
     layer1: nn.Sequential
@@ -325,20 +304,17 @@ class BiRealResNet(Network):
     layer3: nn.Sequential
 
     def __init__(
-        self, num_classes: int, depth: int, width: float, in_channels: int, input_size: int, binary: bool = True
+        self,
+        num_classes: int = 10,
+        depth: int = 18,
+        width: float = 1.0,
+        in_channels: int = 3,
+        input_size: int = 32,
+        binary: bool = True,
     ):
         super().__init__()
-        _check_sizes(num_classes, width, in_channels, input_size, divisor=4)
-        if depth < 8:
-            raise ValueError(f"depth must be at least 8, got {depth}")
-        self.config = dict(
-            num_classes=num_classes,
-            depth=depth,
-            width=width,
-            in_channels=in_channels,
-            input_size=input_size,
-            **_kind(binary),
-        )
+        sizes = dict(num_classes=num_classes, depth=depth, width=width, in_channels=in_channels, input_size=input_size)
+        self.config = _checked(4, binary, **sizes)
         channels = _channels(80, width)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -357,47 +333,9 @@ class BiRealResNet(Network):
         return self.fc(x.mean((2, 3)))
 
 
-def resnet_bireal(
-    num_classes: int = 10,
-    depth: int = 18,
-    width: float = 1.0,
-    in_channels: int = 3,
-    input_size: int = 32,
-    binary: bool = True,
-) -> BiRealResNet:
-    """Return a modern binarized ResNet for small images, untrained: one shortcut a convolution, a real-valued stream.
-
-    At width 1.0: a float convolution to 80 channels and BatchNorm, three stages of 2 * ((depth - 2) // 6) units of 80,
-    160 and 320 channels, average pooling and a float linear layer; see `BiRealUnit`. ReActNet's activation shifts its
-    input and its output as well, by a learned number a channel: here the BatchNorm before it, the threshold of the
-    next sign and the next BatchNorm can say the same, so these shifts are left out, and fewer floats are stored.
-
-    Args:
-        num_classes: outputs, at least 2.
-        depth: at least 8; 18 gives four units a stage.
-        width: factor on the first channel count, in (0, 4]; each stage has twice the channels of the one before.
-        in_channels: of the image, which is not binarized.
-        input_size: height and width of the image in pixels, a multiple of 4.
-        binary: False builds the float network of the same shape: ordinary convolutions in the place of the binarized
-            ones, everything else the same.
-
-    Returns:
-        A module from images (batch, in_channels, input_size, input_size) to logits (batch, num_classes).
-
-    Raises:
-        ValueError: an argument outside its range.
-
-    Source: Liu et al., Bi-Real Net, ECCV 2018 (arXiv:1808.00278): a shortcut a convolution, the polynomial gradient;
-    Liu et al., ReActNet, ECCV 2020 (arXiv:2003.03488): learned thresholds and slopes, shortcuts without weights.
-    """
-    return BiRealResNet(num_classes, depth, width, in_channels, input_size, binary)
-
-
-MODELS: dict[str, Callable[..., Network]] = {
-    "vgg_cifar10_binary": vgg_cifar10_binary,
-    "resnet_binary": resnet_binary,
-    "resnet_bireal": resnet_bireal,
-}
+# The names by which networks are built.
+vgg_cifar10_binary, resnet_binary, resnet_bireal = BinarizedVGG, BinarizedResNet, BiRealResNet
+MODELS: dict[str, Callable[..., Network]] = {kind.name: kind for kind in (BinarizedVGG, BinarizedResNet, BiRealResNet)}
 
 
 def build(name: str, **config: Any) -> Network:
@@ -412,53 +350,45 @@ def build(name: str, **config: Any) -> Network:
 
 
 def summary(model: Network) -> pd.DataFrame:
-    """Return what each layer of a network holds and does, one row a layer, in the order of the forward pass.
+    """Return what each layer of a network of this module holds and does, one row each, in the order of the pass.
 
     Columns: layer, type, output (channels x height x width), binary_weights, floats (biases, BatchNorm scale and
     shift, all weights of a float network), statistics (BatchNorm running mean and variance), float32_bytes (every
     number a 32-bit float), packed_bytes (1 bit a binarized weight, the rest 32-bit floats), macs
     (multiply-accumulates for one image). What several layers share counts in the first of them.
-
-    Args:
-        model: a network of this module.
     """
     rows: list[dict[str, Any]] = []
     counted: set[int] = set()
 
-    def record(name: str, module: nn.Module) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            weights = module.weight.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
-            fresh = [x for x in [*module.parameters(), *module.buffers()] if id(x) not in counted]
-            counted.update(map(id, fresh))
-            binary = weights if isinstance(module, BINARIZED) and any(x is module.weight for x in fresh) else 0
-            parameters = sum(x.numel() for x in fresh if isinstance(x, nn.Parameter))
-            statistics = sum(x.numel() for x in fresh if x.is_floating_point() and not isinstance(x, nn.Parameter))
-            floats = parameters - binary
-            rows.append(
-                dict(
-                    layer=name,
-                    type=type(module).__name__,
-                    output="x".join(str(n) for n in output.shape[1:]),
-                    binary_weights=binary,
-                    floats=floats,
-                    statistics=statistics,
-                    float32_bytes=4 * (parameters + statistics),
-                    packed_bytes=-(-binary // 8) + 4 * (floats + statistics),
-                    macs=weights * output[0, 0].numel(),
-                )
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        weights = module.weight.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
+        fresh = [x for x in [*module.parameters(), *module.buffers()] if id(x) not in counted]
+        counted.update(map(id, fresh))
+        binary = weights if isinstance(module, BINARIZED) and any(x is module.weight for x in fresh) else 0
+        parameters = sum(x.numel() for x in fresh if isinstance(x, nn.Parameter))
+        statistics = sum(x.numel() for x in fresh if x.is_floating_point() and not isinstance(x, nn.Parameter))
+        floats = parameters - binary
+        rows.append(
+            dict(
+                layer=name,
+                type=type(module).__name__,
+                output="x".join(str(n) for n in output.shape[1:]),
+                binary_weights=binary,
+                floats=floats,
+                statistics=statistics,
+                float32_bytes=4 * (parameters + statistics),
+                packed_bytes=-(-binary // 8) + 4 * (floats + statistics),
+                macs=weights * output[0, 0].numel(),
             )
+        )
 
-        return hook
-
-    leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
     hooks = [
-        module.register_forward_hook(record(name, module))
-        for name, module in leaves
-        if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+        module.register_forward_hook(partial(record, name))
+        for name, module in model.named_modules()
+        if not [*module.children()] and [*module.parameters(), *module.buffers()]
     ]
-    config = model.config
-    first = next(model.parameters())
-    image = torch.zeros(1, config["in_channels"], config["input_size"], config["input_size"], device=first.device)
+    side, device = model.config["input_size"], next(model.parameters()).device
+    image = torch.zeros(1, model.config["in_channels"], side, side, device=device)
     training = model.training
     try:
         with torch.no_grad():

@@ -1,8 +1,6 @@
 """The deployed form of a binarized network: 1 bit a weight, integer thresholds, XNOR and popcount on the CPU."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
@@ -11,20 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bnn_utils.kernels import workers
 from bnn_utils.layers import BINARIZED
 from bnn_utils.models import BasicBlock, BinarizedResNet, BinarizedVGG, BiRealResNet, BiRealUnit, Network, build
-from bnn_utils.packed_layers import ENGINES, Affine, Numbers, PackedLayer, shifted_signs
+from bnn_utils.packed_layers import Affine, Numbers, PackedLayer, shifted_signs
 from bnn_utils.system import one_thread
-
-
-@lru_cache(maxsize=4)
-def _workers(threads: int, process: int) -> ThreadPoolExecutor:
-    """Return threads to compute with, for the process of this number: of its parent's, a forked one has none.
-
-    They are kept, since memory that new threads ask for comes slowly.
-    """
-    return ThreadPoolExecutor(threads)
-
 
 State = tuple[Tensor, ...]  # of a chunk of images, between two stages
 
@@ -42,13 +31,11 @@ class PackedModel(Network):
     # the caches, but at least so many that the calls themselves do not show.
     images, numbers = 16, 3 << 16
 
-    def __init__(
-        self, model: BinarizedVGG | BinarizedResNet | BiRealResNet, engine: str, stages: list[tuple[str, ...]]
-    ):
+    def __init__(self, model: BinarizedVGG | BinarizedResNet | BiRealResNet, stages: list[tuple[str, ...]]):
         super().__init__()
         self.name, self.config = model.name, dict(model.config)
         self.trained_on = model.trained_on
-        self.engine, self.stages = engine, stages
+        self.stages = stages
 
     def _packed(self, model: Any, stage: int) -> dict[str, nn.Module]:
         """Return the modules of one stage, by name, packed from those of `model`."""
@@ -63,9 +50,6 @@ class PackedModel(Network):
             for name, packed in self._packed(model, stage).items():
                 holder, _, own = name.rpartition(".")
                 self.get_submodule(holder).add_module(own, packed)
-                for module in packed.modules():
-                    if isinstance(module, PackedLayer | Affine):
-                        module.engine = self.engine
 
     def repack(self, model: nn.Module, stages: Iterable[int]) -> None:
         """Pack some stages anew, from the numbers that `model` has now.
@@ -100,10 +84,6 @@ class PackedModel(Network):
                 return stage
         raise ValueError(f"no stage of {self.name} computes with {name!r}, expected the name of a stored tensor")
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Return the logits of one chunk of images."""
-        return self._run((x,), 0, len(self.stages))[0]
-
     def _run(self, state: State, start: int, stop: int) -> State:
         for stage in range(start, stop):
             state = self._step(stage, state)
@@ -115,7 +95,7 @@ class PackedModel(Network):
             return [function(chunk) for chunk in chunks]
         # A thread a chunk: they never wait for each other, so another program's work slows them no more than it must.
         with one_thread():
-            return list(_workers(threads, os.getpid()).map(function, chunks))
+            return list(workers("chunks", threads).map(function, chunks))
 
     def _chunks(self, x: Tensor) -> Sequence[Tensor]:
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 4:
@@ -140,7 +120,7 @@ class PackedModel(Network):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(self._each(self.logits, self._chunks(x)))
+        return torch.cat(self._each(lambda chunk: self._run((chunk,), 0, len(self.stages))[0], self._chunks(x)))
 
     @torch.no_grad()
     def before(self, stage: int, x: Tensor) -> list[State]:
@@ -187,7 +167,7 @@ class PackedVGG(PackedModel):
     features: nn.ModuleDict
     classifier: nn.ModuleDict
 
-    def __init__(self, model: BinarizedVGG, engine: str):
+    def __init__(self, model: BinarizedVGG):
         stages: list[tuple[str, ...]] = []
         pools: list[int] = []
         for part in ("features", "classifier"):
@@ -197,7 +177,7 @@ class PackedVGG(PackedModel):
                     pooled = isinstance(layers[index + 1], nn.MaxPool2d)
                     stages.append((f"{part}.{index}", f"{part}.{index + 1 + pooled}"))
                     pools.append(2 if pooled else 1)
-        super().__init__(model, engine, stages)
+        super().__init__(model, stages)
         self.pools = pools  # of each stage
         self.features, self.classifier = nn.ModuleDict(), nn.ModuleDict()
         self._pack(model, range(len(stages)))
@@ -223,16 +203,20 @@ class PackedVGG(PackedModel):
         return (norm.bits(layer.image(x)),)
 
 
-def _of_channels(images: int) -> torch.memory_format:
-    """Return the layout in which torch computes with maps that come from images of so many channels.
+def _means(maps: Tensor, images: int) -> Tensor:
+    """Return the means over maps (images, height, width, channels), which come from images of so many channels.
 
-    Sums round in the order of memory, which is that of the image layer; one channel is laid out either way.
+    Sums round in the order of memory, in torch that of the image layer; images of one channel are laid out either way.
     """
-    return torch.contiguous_format if images == 1 else torch.channels_last
+    layout = torch.contiguous_format if images == 1 else torch.channels_last
+    return maps.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3))
 
 
 class _PackedLayers(PackedModel):
-    """A packed ResNet: a stage for the image layer, one for each block of layer1 to layer3, and one for the last."""
+    """A packed ResNet: a stage for the image layer, one for each block of layer1 to layer3, and one for what follows.
+
+    The stage of the last block takes the means over its maps too.
+    """
 
     last: tuple[str, ...]
     bn1: Affine
@@ -240,10 +224,10 @@ class _PackedLayers(PackedModel):
     layer2: nn.ModuleList
     layer3: nn.ModuleList
 
-    def __init__(self, model: BinarizedResNet | BiRealResNet, engine: str):
+    def __init__(self, model: BinarizedResNet | BiRealResNet):
         layers = ("layer1", "layer2", "layer3")
         blocks = [(f"{layer}.{index}",) for layer in layers for index in range(len(getattr(model, layer)))]
-        super().__init__(model, engine, [("conv1", "bn1"), *blocks, self.last])
+        super().__init__(model, [("conv1", "bn1"), *blocks, self.last])
         self._pack(model, [0])
         for layer in layers:  # after the image layer in memory, as in the float network
             self.add_module(layer, nn.ModuleList())
@@ -282,10 +266,7 @@ class PackedBlock(nn.Module):
 
 
 class PackedResNet(_PackedLayers):
-    """`BinarizedResNet`, packed: floats along the shortcuts, bits inside the blocks.
-
-    A stage is the image layer, a block (the last one with the mean over its map), or what follows.
-    """
+    """`BinarizedResNet`, packed: floats along the shortcuts, bits inside the blocks."""
 
     last = ("bn2", "fc", "bn3")
     conv1: PackedLayer
@@ -312,8 +293,7 @@ class PackedResNet(_PackedLayers):
         else:
             values, words = blocks[stage - 1](*state)
         if stage == len(blocks):
-            layout = _of_channels(self.conv1.inputs)
-            return (values.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3)),)
+            return (_means(values, self.conv1.inputs),)
         # What the next block does not read would only take memory where states are kept.
         return values if blocks[stage].reads_values else values.new_empty(0), words
 
@@ -328,28 +308,17 @@ class PackedUnit(nn.Module):
         self.bn = Affine(unit.bn)
         self.act = Numbers(slope=unit.act.weight)
 
-    def signs(self, x: Tensor) -> Tensor:
-        """Return the signs of x + offset as words."""
-        return shifted_signs(x, self.shift.offset, self.conv.engine)
-
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Return what is added to the normalized convolution."""
-        if self.conv.stride == 1:
-            return x
-        with one_thread():
-            pooled = functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-        return pooled.repeat(1, 1, 1, 2)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the stream after the unit, float32 (images, height', width', channels), from that before it."""
-        return self.bn.rectified(self.conv(self.signs(x)), self.shortcut(x), self.act.slope)
+        dots = self.conv(shifted_signs(x, self.shift.offset))
+        if self.conv.stride > 1:
+            with one_thread():
+                x = functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1).repeat(1, 1, 1, 2)
+        return self.bn.rectified(dots, x, self.act.slope)
 
 
 class PackedBiReal(_PackedLayers):
-    """`BiRealResNet`, packed: bits in the convolutions, floats in the stream, the image layer and the last one.
-
-    A stage is the image layer, a unit (the last one with the mean over its map), or the last layer.
-    """
+    """`BiRealResNet`, packed: bits in the convolutions, floats in the stream, the image layer and the last one."""
 
     last = ("fc",)
     conv1: Numbers
@@ -375,10 +344,7 @@ class PackedBiReal(_PackedLayers):
             return ((products.sum(2) + self.fc.bias.double()).float(),)
         unit: Any = self.get_submodule(self.stages[stage][0])
         x = unit(x)
-        if stage == len(self.stages) - 2:
-            layout = _of_channels(self.conv1.weight.shape[1])
-            return (x.permute(0, 3, 1, 2).contiguous(memory_format=layout).mean((2, 3)),)
-        return (x,)
+        return (_means(x, self.conv1.weight.shape[1]) if stage == len(self.stages) - 2 else x,)
 
 
 @lru_cache(maxsize=8)
@@ -409,7 +375,7 @@ def _check(model: nn.Module) -> None:
         raise TypeError("only float32 networks on the CPU can be packed")
 
 
-def pack(model: nn.Module, engine: str = ENGINES[0]) -> PackedModel:
+def pack(model: nn.Module) -> PackedModel:
     """Return the deployed form of a trained VGG or ResNet; the integers of its layers are the float network's.
 
     BatchNorm and sign become one integer threshold and a direction per channel where only the sign goes on (hidden
@@ -419,7 +385,6 @@ def pack(model: nn.Module, engine: str = ENGINES[0]) -> PackedModel:
 
     Args:
         model: a network of `bnn_utils.models`, float32, on the CPU.
-        engine: "numba", the compiled kernel, or "torch", the same integers by float convolutions of +1 and -1.
 
     Returns:
         A module from float32 images (batch, channels, height, width) to logits (batch, classes), whose buffers are
@@ -428,21 +393,18 @@ def pack(model: nn.Module, engine: str = ENGINES[0]) -> PackedModel:
     Raises:
         TypeError: another kind of network, one whose layers were replaced by others, or one that is not float32 on
             the CPU.
-        ValueError: an unknown engine, or one that this machine lacks.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"unknown or missing engine {engine!r}, expected one of {', '.join(ENGINES)}")
     _check(model)
-    return _KINDS[type(model)](model, engine).eval()
+    return _KINDS[type(model)](model).eval()
 
 
 def deployed(model: nn.Module) -> nn.Module:
-    """Return `model` packed where it can be and Numba makes that faster; else `model` itself.
+    """Return `model` packed where it can be; else `model` itself.
 
     The predictions are the same up to coincidences of rounding: torch adds a bias and the pixels of an image in an
     order of its own, which can decide a sign only where BatchNorm gives zero up to the last digits.
     """
     try:
-        return pack(model) if ENGINES[0] == "numba" else model
+        return pack(model)
     except TypeError:
         return model

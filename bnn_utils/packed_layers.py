@@ -8,17 +8,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bnn_utils import kernels
 from bnn_utils.bits import WORD, pack_signs, unpack_signs
 from bnn_utils.layers import BINARIZED, BinarizeConv2d
+from bnn_utils.loops import (
+    BLOCK,
+    CARRY_SAVE,
+    PANEL,
+    affine_images,
+    dots_blocks,
+    largest_sums,
+    rectified_images,
+    threshold_images,
+)
 from bnn_utils.system import one_thread
-
-try:
-    from bnn_utils import kernels
-except ImportError:  # a machine without Numba
-    kernels = None  # type: ignore[assignment]
-
-ENGINES = ("numba", "torch") if kernels else ("torch",)
-PANEL = 32  # filters that lie side by side in memory, as the compiled kernel reads them
 
 
 def _words(n: int) -> int:
@@ -28,6 +31,10 @@ def _words(n: int) -> int:
 def _array(x: Tensor) -> NDArray[Any]:
     """Return the memory of a tensor of words as uint64 words; other tensors as they are."""
     return x.numpy().view(np.uint64) if x.dtype == torch.int64 else x.numpy()
+
+
+def _empty_words(places: tuple[int, ...], channels: int) -> Tensor:
+    return torch.empty((*places, _words(channels)), dtype=torch.int64)
 
 
 def _pack(positive: Tensor) -> Tensor:
@@ -69,7 +76,6 @@ class PackedLayer(nn.Module):
         else:
             signs = signs.view(len(signs), -1, side, side)
         self.channels, self.inputs, self.kernel = signs.shape[:3]
-        self.engine = ENGINES[0]
         words = pack_signs(signs.permute(2, 3, 0, 1)).reshape(self.kernel**2, self.channels, -1)
         self.register_buffer("weight", self._panels(words))
         if keep_bias and layer.bias is not None:
@@ -138,33 +144,26 @@ class PackedLayer(nn.Module):
         """
         if x.shape[3] != _words(self.inputs):
             raise ValueError(f"this layer reads {_words(self.inputs)} words a position, got {x.shape[3]}")
-        if self.engine == "torch":
-            signs = unpack_signs(_array(x), self.inputs).permute(0, 3, 1, 2)
-            y = functional.conv2d(signs, self.signs(), None, self.stride, self.padding)
-            return y.round().to(torch.int32).permute(0, 2, 3, 1).contiguous()
-        height, width = ((size + 2 * self.padding - self.kernel) // self.stride + 1 for size in x.shape[1:3])
-        out = torch.empty((len(x), height, width, self.channels), dtype=torch.int32)
-        kernels.dots(
-            _array(x),
-            _array(self.weight),
-            inputs=self.inputs,
-            kernel=self.kernel,
-            stride=self.stride,
-            padding=self.padding,
-            out=out.numpy(),
-        )
+        images, height, width, words = x.shape
+        down, row_kind = kernels.geometry(height, self.kernel, self.stride, self.padding)
+        across, column_kind = kernels.geometry(width, self.kernel, self.stride, self.padding)
+        activations, filters, pad = np.ascontiguousarray(_array(x)), _array(self.weight), self.padding
+        if pad:
+            activations = np.zeros((images, height + 2 * pad, width + 2 * pad, words), np.uint64)
+            activations[:, pad:-pad, pad:-pad] = _array(x)
+        largest = largest_sums(filters, words, down, across, self.inputs)
+        out = torch.empty((images, len(row_kind), len(column_kind), self.channels), dtype=torch.int32)
+        blocks = -(-images * len(row_kind) * len(column_kind) // BLOCK)
+        shape = (largest, row_kind * len(across), column_kind, self.kernel, self.stride)
+        kernels.run(dots_blocks, blocks, kernels.TILE is CARRY_SAVE, activations, filters, *shape, out.numpy())
         return out
 
     def bits(self, x: Tensor, pool: int = 1) -> Tensor:
         """Return the folded layer's activations after max-pooling, as words (images, height', width', words)."""
         dots = self(x)
-        if self.engine == "torch":
-            pooled = functional.max_pool2d(dots.permute(0, 3, 1, 2).float(), pool).permute(0, 2, 3, 1)
-            inverted = unpack_signs(_array(self.direction), self.channels) > 0
-            return _pack((pooled >= self.threshold) != inverted)
-        shape = (len(dots), dots.shape[1] // pool, dots.shape[2] // pool, _words(self.channels))
-        out = torch.empty(shape, dtype=torch.int64)
-        kernels.threshold_bits(dots.numpy(), self.threshold.numpy(), _array(self.direction), pool=pool, out=_array(out))
+        out = _empty_words((len(dots), dots.shape[1] // pool, dots.shape[2] // pool), self.channels)
+        threshold, direction = self.threshold.numpy(), _array(self.direction)
+        kernels.run(threshold_images, len(dots), dots.numpy(), threshold, direction, pool, _array(out))
         return out
 
 
@@ -186,21 +185,23 @@ class Affine(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.masks: dict[str, Tensor] = {}
-        self.engine = ENGINES[0]
 
     def bits(self, x: Tensor) -> Tensor:
         """Return the signs of x * scale + shift alone, as words."""
-        return _affine(x, None, self.scale, self.shift, False, self.engine, keep=False)[1]
+        return self(x, keep=False)[1]
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None, clamp: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, shortcut: Tensor | None = None, clamp: bool = False, keep: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Return (x + shortcut) * scale + shift, clamped to [-1, 1] if `clamp`, and its signs as words.
 
         Args:
             x: int32 or float32 (images, height, width, channels).
             shortcut: float32 of that shape, or None.
             clamp: whether to clamp.
+            keep: False returns no numbers, but signs alone.
         """
-        return _affine(x, shortcut, self.scale, self.shift, clamp, self.engine)
+        return _affine(x, shortcut, self.scale, self.shift, clamp, keep)
 
     def rectified(self, x: Tensor, shortcut: Tensor, slope: Tensor) -> Tensor:
         """Return y = x * scale + shift + shortcut where y is positive, slope * y elsewhere.
@@ -210,13 +211,9 @@ class Affine(nn.Module):
             shortcut: float32 of that shape.
             slope: float32 (channels,).
         """
-        if self.engine == "torch":
-            y = (x.double() * self.scale.double() + self.shift.double()).float() + shortcut
-            return torch.where(y > 0, y, y * slope)
         out = torch.empty(x.shape)
-        kernels.rectify(
-            x.numpy(), shortcut.numpy(), self.scale.numpy(), self.shift.numpy(), slope.numpy(), out=out.numpy()
-        )
+        arrays = (each.numpy() for each in (x, shortcut, self.scale, self.shift, slope, out))
+        kernels.run(rectified_images, len(x), *arrays)
         return out
 
 
@@ -236,41 +233,19 @@ class Numbers(nn.Module):
 
 
 def _affine(
-    x: Tensor,
-    shortcut: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    clamp: bool,
-    engine: str,
-    keep: bool = True,
+    x: Tensor, shortcut: Tensor | None, scale: Tensor, shift: Tensor, clamp: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    if engine == "torch":
-        y = x.float() if shortcut is None else x.float() + shortcut
-        y = (y.double() * scale.double() + shift.double()).float()
-        y = functional.hardtanh(y) if clamp else y
-        return y, _pack(y >= 0)
     none = torch.empty((0, 1, 1, 1))
-    values = torch.empty(x.shape) if keep else none
-    out = torch.empty((*x.shape[:3], _words(x.shape[3])), dtype=torch.int64)
-    kernels.affine(
-        x.numpy(),
-        (none if shortcut is None else shortcut).numpy(),
-        scale.numpy(),
-        shift.numpy(),
-        clamp=clamp,
-        values=values.numpy(),
-        out=_array(out),
-    )
-    return values, out
+    values, signs = torch.empty(x.shape) if keep else none, _empty_words(x.shape[:3], x.shape[3])
+    arrays = (each.numpy() for each in (x, none if shortcut is None else shortcut, scale, shift))
+    kernels.run(affine_images, len(x), *arrays, clamp, values.numpy(), _array(signs))
+    return values, signs
 
 
-def shifted_signs(x: Tensor, offset: Tensor, engine: str) -> Tensor:
+def shifted_signs(x: Tensor, offset: Tensor) -> Tensor:
     """Return the signs of x + offset as words, for x float32 (images, height, width, channels)."""
-    if engine == "torch":
-        return _pack(x + offset >= 0)
-    out = torch.empty((*x.shape[:3], _words(x.shape[3])), dtype=torch.int64)
-    kernels.shifted_bits(x.numpy(), offset.numpy(), out=_array(out))
-    return out
+    scale = torch.ones_like(offset)  # with which a fused multiply-add rounds once, as a sum does
+    return _affine(x, None, scale, offset, clamp=False, keep=False)[1]
 
 
 def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:

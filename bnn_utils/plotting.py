@@ -4,7 +4,7 @@ Each picture is drawn from a table alone, so that anyone can draw another one fr
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,8 @@ def damage_curves(table: pd.DataFrame, value: str = "accuracy", clean: pd.DataFr
     if value == "loss":
         how = dict(estimator="median", errorbar=lambda losses: median_interval(losses)[1:])
     how |= dict(x="probability", y=value, hue="repair", palette=palette(table["repair"]), style="repair")
-    how |= dict(markers=_markers(table["repair"]), mec="none", ms=5)
+    markers = {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(table["repair"].unique())}
+    how |= dict(markers=markers, mec="none", ms=5)
     figure, drawn = panels(table)
     for axis, own in drawn:
         axis.set_xscale("log")
@@ -218,10 +219,6 @@ def damage_curves(table: pd.DataFrame, value: str = "accuracy", clean: pd.DataFr
     else:
         first.legend(loc="lower left" if value == "accuracy" else "upper left", fontsize=9)
     return figure
-
-
-def _markers(names: Sequence[str]) -> dict[str, str]:
-    return {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(dict.fromkeys(names))}
 
 
 def _trials(axis: Axes, table: pd.DataFrame, value: str) -> None:

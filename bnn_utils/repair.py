@@ -1,6 +1,6 @@
 """What a system can do about errors that it did not see happen, and how many bits it stores for that."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bnn_utils.faults import PARAMETERS, Stored, float32_storage, selected
+from bnn_utils.faults import PARAMETERS, Stored, float32_storage, replaced, selected
 
 FLOATS = tuple(kind for kind in PARAMETERS if kind != "weights")  # of a binarized network few bits, integers too
 NUMBERS = tuple(kind for kind in FLOATS if kind != "directions")
@@ -28,22 +28,6 @@ class Plan(NamedTuple):
 
     stored: dict[str, Tensor]
     read: Callable[[], AbstractContextManager[None]]
-
-
-@contextmanager
-def _replaced(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Give tensors other values until the context ends; `values` is read as they are replaced."""
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
-        with torch.no_grad():
-            for tensor, value in values:
-                before.append((tensor, tensor.detach().clone()))
-                tensor.copy_(value)
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, saved in reversed(before):
-                tensor.copy_(saved)
 
 
 def none(model: nn.Module) -> Plan:
@@ -72,7 +56,7 @@ def clip(model: nn.Module, low: float = -1.0, high: float = 1.0) -> Iterator[Non
         raise ValueError(f"clip needs low <= high, got low={low}, high={high}")
     # A packed network has no parameters; its numbers are buffers.
     parameters: list[Tensor] = [*model.parameters()] or [x for x in model.buffers() if x.is_floating_point()]
-    with _replaced((x, x.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(low, high)) for x in parameters):
+    with replaced((x, x.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp(low, high)) for x in parameters):
         yield
 
 
@@ -96,7 +80,7 @@ def range_check(model: nn.Module) -> Plan:
         for tensor, low, high, mean in ranges:
             yield tensor, torch.where((tensor >= low) & (tensor <= high), tensor, mean)
 
-    return Plan({}, lambda: _replaced(checked()))
+    return Plan({}, lambda: replaced(checked()))
 
 
 # Every code of 64 data bits and 8 check bits whose columns are different and odd corrects one error and detects two.
@@ -182,16 +166,20 @@ def _guarded(
     targets: Sequence[str],
     store: Callable[[NDArray[np.uint8]], dict[str, NDArray[np.uint8]]],
     read: Callable[..., NDArray[np.uint8]],
-    view: Callable[[Stored], Stored] = lambda held: held,
+    upper: bool = False,
 ) -> Plan:
     """Plan a repair of each target by itself.
 
     Args:
         store: makes what is stored from the bytes of `_used`.
         read: makes the bytes of `_used` from those in memory and what is stored.
-        view: gives a target the mask of the bits that are guarded, where those are not all that are used.
+        upper: guard of each 32-bit float the upper half alone, as if only that had a meaning: a bfloat16.
     """
-    guarded = {name: view(held) for name, held in selected(model, targets).items()}
+    guarded = selected(model, targets)
+    for name, held in guarded.items() if upper else ():
+        if held.tensor.dtype == torch.float32:
+            mask = torch.full(held.tensor.shape, -1 << 16, dtype=torch.int32).view(torch.float32)
+            guarded[name] = held._replace(mask=mask)
     with float32_storage(model):  # memory holds signs, whatever the network was given as
         kept = {
             name: {part: torch.from_numpy(array) for part, array in store(_used(held)).items()}
@@ -204,7 +192,7 @@ def _guarded(
 
     @contextmanager
     def reading() -> Iterator[None]:
-        with float32_storage(model), _replaced(repaired()):
+        with float32_storage(model), replaced(repaired()):
             yield
 
     return Plan({f"{name}.{part}": x for name, parts in kept.items() for part, x in parts.items()}, reading)
@@ -218,13 +206,7 @@ def secded(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> Plan:
     """Plan to guard each word of 64 bits by 8 check bits, see `encode`; a detected double error is left as read.
 
     A word is 64 neighbours among the used bits of one tensor. The last one of a tensor may be shorter: the zeros that
-    fill it up are not stored, but its 8 check bits are.
-
-    Args:
-        targets: what is guarded, in the words of `bnn_utils.faults.inject`.
-
-    Raises:
-        ValueError: a target names nothing that the network stores.
+    fill it up are not stored, but its 8 check bits are. For targets, and what is wrong with them, see `vote`.
     """
 
     def read(used: NDArray[np.uint8], check: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -232,13 +214,6 @@ def secded(model: nn.Module, targets: Sequence[str] = PARAMETERS) -> Plan:
         return correct(_words(used), check).view(np.uint8)[: len(used)]
 
     return _guarded(model, targets, lambda used: {"check": encode(_words(used))}, read)
-
-
-def _upper(held: Stored) -> Stored:
-    """Return what is held as if of a float32 only the upper half had a meaning, a bfloat16."""
-    if held.tensor.dtype != torch.float32:
-        return held
-    return held._replace(mask=torch.full(held.tensor.shape, -1 << 16, dtype=torch.int32).view(torch.float32))
 
 
 def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS, reads: int = 3, upper: bool = False) -> Plan:
@@ -262,8 +237,7 @@ def vote(model: nn.Module, targets: Sequence[str] = PARAMETERS, reads: int = 3, 
     if reads < 3 or reads % 2 == 0:
         raise ValueError(f"reads must be an odd number of at least 3, got {reads}")
     copies = [f"copy {number}" for number in range(1, reads)]
-    view = _upper if upper else lambda held: held
-    return _guarded(model, targets, lambda used: {copy: used.copy() for copy in copies}, majority, view)
+    return _guarded(model, targets, lambda used: {copy: used.copy() for copy in copies}, majority, upper)
 
 
 def both(first: Plan, second: Plan) -> Plan:

@@ -36,9 +36,7 @@ def bounded_interval(values: Any, confidence: float = 0.95) -> tuple[float, floa
     interval needs by which a campaign stops: trials of rare failures all look alike until the first one fails, and
     the t interval of such trials is as narrow as it is wrong. Of many trials that differ, the two hardly matter.
 
-    Args:
-        values: one number a trial.
-        confidence: of the interval, in (0, 1).
+    Args: as of `mean_interval`.
 
     Returns:
         The centre is drawn towards 1/2 by about 1 / n, well within the half-width; both are NaN without any value.
@@ -56,9 +54,7 @@ def median_interval(values: Any, confidence: float = 0.95) -> tuple[float, float
 
     The interval is distribution-free, from order statistics; NaN counts as infinite, so that it cannot be hidden.
 
-    Args:
-        values: one number a trial, such as a damaged network's loss.
-        confidence: of the interval, in (0, 1).
+    Args: as of `mean_interval`.
 
     Returns:
         low and high are NaN where the trials are too few for any interval.

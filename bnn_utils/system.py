@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from llvmlite import binding  # it comes with Numba
 from tqdm.auto import tqdm
 
 
@@ -53,10 +54,6 @@ def fastest_precision(device: str) -> str:
     """
     if device != "cpu" and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    try:
-        from llvmlite import binding  # it comes with Numba
-    except ImportError:
-        return "float32"
     features = binding.get_host_cpu_features()
     return "bfloat16" if any(features.get(name) for name in ("amx-bf16", "avx512bf16", "bf16")) else "float32"
 

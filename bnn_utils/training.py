@@ -84,15 +84,10 @@ class Trainer:
         self.model, self.recipe, self.teacher, self.after_step = model, recipe, teacher, after_step
         averaged = parallel.averaging(model)
         self.network: Forward = _compiled(averaged) if recipe.compile else averaged
-        self.optimizer: torch.optim.Optimizer
-        if recipe.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(
-                model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True
-            )
-        else:
-            self.optimizer = torch.optim.SGD(
-                model.parameters(), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
-            )
+        kind: Any = partial(torch.optim.Adam, fused=True)
+        if recipe.optimizer == "sgd":
+            kind = partial(torch.optim.SGD, momentum=0.9)
+        self.optimizer: torch.optim.Optimizer = kind(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
 
     def _logits(self, network: Forward, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):

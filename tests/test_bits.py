@@ -12,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, chisquare, geom
 
-from bnn_utils import bits
 from bnn_utils.bits import (
     bits_to_float,
     check_probability,
@@ -246,20 +245,6 @@ def test_a_chunk_bounds_the_memory():
     low, high = binom.interval(1 - FALSE_ALARM, 3_000_000, 0.5)
     assert low <= count <= high
     assert peak < 500_000  # all positions together are 12 MB
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    total=st.integers(1, 200_000),
-    probability=st.one_of(st.sampled_from([1.0, 0.75, 0.5, 0.25, 1e-2, 1e-300]), st.floats(0, 1), st.floats(0, 1e-3)),
-    chunk=st.integers(400, 50_000),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_compiled_and_plain_code_draw_the_same(total, probability, chunk, seed):
-    drawn = positions(total, probability, seed, chunk=chunk)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bits, "NUMBA", False)
-        assert np.array_equal(drawn, positions(total, probability, seed, chunk=chunk))
 
 
 @pytest.mark.parametrize("count", [400, 4000])

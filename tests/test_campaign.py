@@ -32,7 +32,7 @@ from bnn_utils.evaluation import Evaluation, evaluate
 from bnn_utils.faults import ErrorModel, inject, inject_tensors, stored_tensors
 from bnn_utils.layers import BinarizeConv2d
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
-from bnn_utils.packed import ENGINES, PackedModel, deployed, pack
+from bnn_utils.packed import PackedModel, deployed, pack
 from bnn_utils.repair import REPAIRS, clip
 
 ROOT = Path(bnn_utils.__file__).parents[1]
@@ -384,7 +384,6 @@ def started(monkeypatch):
     return stages
 
 
-@pytest.mark.skipif(ENGINES[0] != "numba", reason="without Numba the network stays in floats")
 @pytest.mark.parametrize(
     ("build", "targets", "stage"),
     [
@@ -401,7 +400,6 @@ def test_evaluations_start_from_the_first_stage_with_errors(build, targets, stag
     assert started == 3 * [stage, 0, stage]  # what a repair stores errs too
 
 
-@pytest.mark.skipif(ENGINES[0] != "numba", reason="without Numba the network stays in floats")
 def test_no_more_is_kept_than_fits(images, started, monkeypatch):
     model = small(resnet_binary)
     campaign_of = dict(probabilities=[0.1], trials=2, repairs=["none", "clip"], targets="layer2.1.*")

@@ -10,16 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import config, njit
 from torch.nn import functional
 
+from bnn_utils import kernels, loops
 from bnn_utils.bits import pack_signs
 from bnn_utils.layers import BinarizeConv2d, binarize
 from bnn_utils.packed import PackedLayer
-
-pytest.importorskip("numba")
-from numba import config, njit
-
-from bnn_utils import kernels, loops
 
 ROOT = Path(__file__).resolve().parents[1]
 TILES = {"popcount": loops.POPCOUNT, "two-input": loops.TWO_INPUT}
@@ -115,17 +112,18 @@ def test_the_tile_is_chosen_by_the_processor_that_numba_compiles_for(triple, fea
 
 RESTRICTED = """
 import numpy as np
+import torch
 from bnn_utils import kernels, loops
+from bnn_utils.bits import pack_signs
+from bnn_utils.layers import BinarizeConv2d, binarize
+from bnn_utils.packed import PackedLayer
 print(kernels.TILE is loops.best_tile(), loops.CARRY_SAVE is loops.TWO_INPUT)
-generator = np.random.default_rng(0)
-x = generator.integers(0, 1 << 64, (2, 5, 5, 3), np.uint64)
-filters = generator.integers(0, 1 << 64, (2, 27, 32), np.uint64)
-patches = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2)).transpose(0, 1, 2, 4, 5, 3).reshape(18, 27)
-differing = np.bitwise_count(patches[:, None] ^ filters.transpose(0, 2, 1).reshape(64, 27)).sum(2, dtype=np.int64)
+convolution, x = BinarizeConv2d(192, 64, 3, bias=False), binarize(torch.randn(2, 192, 5, 5))
+expected = torch.nn.functional.conv2d(x, binarize(convolution.weight)).permute(0, 2, 3, 1)
+words = torch.from_numpy(pack_signs(x.permute(0, 2, 3, 1)).view(np.int64))
+torch.set_num_threads(1)
 for kernels.TILE in (loops.POPCOUNT, loops.CARRY_SAVE):
-    out = np.empty((2, 3, 3, 64), np.int32)
-    kernels.dots(x, filters, inputs=192, kernel=3, stride=1, padding=0, out=out, threads=1)
-    print(np.array_equal(out.reshape(18, 64), 9 * 192 - 2 * differing))
+    print(torch.equal(PackedLayer(convolution)(words).float(), expected))
 """
 
 

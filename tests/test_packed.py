@@ -11,7 +11,6 @@ import math
 import pickle
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,31 +19,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bnn_utils import packed as packed_module
+from bnn_utils import kernels, loops
 from bnn_utils.bits import pack_signs, unpack_signs
 from bnn_utils.faults import KINDS, PARAMETERS, inject, stored_tensors
 from bnn_utils.layers import BINARIZED, BinarizeConv2d, BinarizeLinear, PReLU, Shift, binarize
 from bnn_utils.models import BinarizedVGG, resnet_binary, resnet_bireal, vgg_cifar10_binary
-from bnn_utils.packed import ENGINES, Affine, PackedLayer, PackedModel, deployed, pack
-
-with suppress(ImportError):  # without Numba
-    from bnn_utils import kernels, loops
+from bnn_utils.packed import Affine, PackedLayer, PackedModel, deployed, pack
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN, INF = math.nan, math.inf
 LOGITS = dict(rtol=1e-5, atol=1e-4)  # rounding of one scale and shift of integers below a few thousand
-# The compiled engine with each tile that it has, whatever it would choose on this machine.
-engines = pytest.mark.parametrize(
-    "engine", ["numba POPCOUNT", "numba CARRY_SAVE", "torch"] if "numba" in ENGINES else ["torch"], indirect=True
-)
+tiles = pytest.mark.usefixtures("tile")
 
 
-@pytest.fixture
-def engine(request, monkeypatch):
-    name, _, tile = request.param.partition(" ")
-    if tile:
-        monkeypatch.setattr(kernels, "TILE", getattr(loops, tile))
-    return name
+@pytest.fixture(params=["POPCOUNT", "CARRY_SAVE"])
+def tile(request, monkeypatch):
+    """Compute with each tile that there is, whatever would be chosen on this machine."""
+    monkeypatch.setattr(kernels, "TILE", getattr(loops, request.param))
 
 
 def seeded(seed):
@@ -107,11 +98,6 @@ def words_of(x):
 def signs_of(words, channels):
     """Unpack words (images, height, width, words) to float signs (images, channels, height, width)."""
     return unpack_signs(words.numpy().view(np.uint64), channels).permute(0, 3, 1, 2)
-
-
-def on(engine, module):
-    module.engine = engine
-    return module
 
 
 def batchnorm(norm, **values):
@@ -179,12 +165,12 @@ def in_chunks_of(images, packed):
     packed.images, packed.numbers = images, 0
 
 
-@engines
+@tiles
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_integer_is_the_float_networks(name, engine):
+def test_every_integer_is_the_float_networks(name):
     model = NETWORKS[name]()
     x = images_for(model, 5)
-    packed = pack(model, engine)
+    packed = pack(model)
     in_chunks_of(2, packed)  # smaller than the batch
     floats, integers, expected, logits = recorded(model, packed, x)
     assert floats.keys() == integers.keys()
@@ -197,23 +183,23 @@ def test_every_integer_is_the_float_networks(name, engine):
     torch.testing.assert_close(logits, expected, **LOGITS)
 
 
-@engines
+@tiles
 @pytest.mark.parametrize("build", [vgg, resnet])
 @pytest.mark.parametrize("in_channels", [1, 3])
-def test_the_image_layer_is_the_float_convolution_to_the_last_bit(build, in_channels, engine):
+def test_the_image_layer_is_the_float_convolution_to_the_last_bit(build, in_channels):
     model = build(10, width=0.15, in_channels=in_channels, input_size=16)
     convolution = model.features[0] if build is vgg else model.conv1
-    layer = on(engine, PackedLayer(convolution, keep_bias=True))
+    layer = PackedLayer(convolution, keep_bias=True)
     for count in (1, 2, 17):  # torch has its own ways for a single image
         x = torch.randn(count, in_channels, 16, 16, generator=seeded(count))
         with torch.no_grad():
             assert torch.equal(layer.image(x), convolution(x).permute(0, 2, 3, 1))
 
 
-@engines
-def test_the_last_chunk_is_rounded_as_the_batch_is(engine):
+@tiles
+def test_the_last_chunk_is_rounded_as_the_batch_is():
     model = vgg(11, in_channels=3)
-    packed = pack(model, engine)
+    packed = pack(model)
     in_chunks_of(4, packed)
     first, seen = packed.features["0"], []
     image = first.image
@@ -225,8 +211,8 @@ def test_the_last_chunk_is_rounded_as_the_batch_is(engine):
         assert torch.equal(torch.cat(seen), model.features[0](x).permute(0, 2, 3, 1))
 
 
-@engines
-def test_the_mean_of_a_map_is_the_float_networks_to_the_last_bit(engine):
+@tiles
+def test_the_mean_of_a_map_is_the_float_networks_to_the_last_bit():
     model = resnet(12, width=0.3, input_size=28)
     _, norm = model.layer3[0].downsample
     # Scale 1 and any shift: the shortcut's values have one rounding on every machine, their mean has many.
@@ -240,16 +226,16 @@ def test_the_mean_of_a_map_is_the_float_networks_to_the_last_bit(engine):
             model(image)
         for mean in (means[-1], torch.nextafter(means[-1], torch.tensor(INF))):  # the sign changes between the two
             batchnorm(model.bn2, running_mean=mean)
-            packed = pack(model, engine)
+            packed = pack(model)
             packed.fc.register_forward_pre_hook(lambda _, inputs: words.append(inputs[0]))
             packed(image)
     hook.remove()
     assert [ones_in(word) for word in words] == [96, 0] * 4
 
 
-@engines
+@tiles
 @pytest.mark.parametrize("build", [vgg, resnet, bireal])
-def test_ordinary_floats_give_the_same_predictions(build, engine):
+def test_ordinary_floats_give_the_same_predictions(build):
     for seed in range(6):
         model = build(20 + seed, in_channels=3, width=0.1)
         for module in model.modules():
@@ -257,16 +243,16 @@ def test_ordinary_floats_give_the_same_predictions(build, engine):
                 nn.init.normal_(module.bias, generator=seeded(seed))
         x = torch.randn(9, 3, 8, 8, generator=seeded(seed))
         with torch.no_grad():
-            expected, logits = model(x), pack(model, engine)(x)
+            expected, logits = model(x), pack(model)(x)
         assert torch.equal(logits.argmax(1), expected.argmax(1))
         torch.testing.assert_close(logits, expected, **LOGITS)
 
 
-@engines
+@tiles
 @pytest.mark.parametrize("build", [vgg, resnet, bireal])
-def test_batches_of_any_size_and_memory_format(build, engine):
+def test_batches_of_any_size_and_memory_format(build):
     model = build(30, in_channels=3)
-    packed = pack(model, engine)
+    packed = pack(model)
     in_chunks_of(5, packed)
     x = images_for(model, 11)
     with torch.no_grad():
@@ -306,9 +292,9 @@ def binarized(layer, signs):
     return layer
 
 
-@engines
+@tiles
 @pytest.mark.parametrize("inputs", [1, 63, 64, 65, 130])
-def test_a_convolution_leaves_out_taps_outside_the_image(inputs, engine):
+def test_a_convolution_leaves_out_taps_outside_the_image(inputs):
     cases = itertools.product((1, 3), (1, 2), (0, 1), ((1, 1), (1, 5), (2, 3), (7, 6)), (1, 33))
     seen = 0
     for kernel, stride, padding, (height, width), channels in cases:
@@ -318,7 +304,7 @@ def test_a_convolution_leaves_out_taps_outside_the_image(inputs, engine):
         weight = random_signs(channels, inputs, kernel, kernel, seed=seen)
         x = random_signs(3, inputs, height, width, seed=seen + 100)
         convolution = binarized(BinarizeConv2d(inputs, channels, kernel, stride, padding), weight)
-        layer = on(engine, PackedLayer(convolution))
+        layer = PackedLayer(convolution)
         y = layer(words_of(torch.from_numpy(x)))
         assert y.dtype == torch.int32
         case = (kernel, stride, padding, height, width, channels)
@@ -327,12 +313,12 @@ def test_a_convolution_leaves_out_taps_outside_the_image(inputs, engine):
     assert seen == 52
 
 
-@engines
+@tiles
 @pytest.mark.parametrize(("inputs", "side", "channels"), [(1, 1, 1), (64, 1, 32), (7, 3, 31), (65, 2, 65), (130, 5, 3)])
-def test_a_linear_layer_reads_a_flattened_map(inputs, side, channels, engine):
+def test_a_linear_layer_reads_a_flattened_map(inputs, side, channels):
     weight = random_signs(channels, inputs * side**2, seed=inputs)
     x = random_signs(35, inputs, side, side, seed=side)
-    layer = on(engine, PackedLayer(binarized(BinarizeLinear(inputs * side**2, channels), weight), side))
+    layer = PackedLayer(binarized(BinarizeLinear(inputs * side**2, channels), weight), side)
     assert layer(words_of(torch.from_numpy(x)))[:, 0, 0].tolist() == (x.reshape(35, -1) @ weight.T).tolist()
     assert np.array_equal(layer.signs().reshape(channels, -1).numpy(), weight)
 
@@ -408,12 +394,11 @@ def test_a_threshold_stands_for_every_number_that_batchnorm_can_hold():
     wrong = (stored_bits(layer, integers) != expected).any(0)
     assert not wrong.any(), EVERY_CASE[int(wrong.argmax())]
     assert 0 < expected.all(0).sum() < expected.any(0).sum() < len(EVERY_CASE)  # some constant, some not
-    for engine in ENGINES:
-        assert np.array_equal(computed_bits(on(engine, layer), n), expected[::2])
+    assert np.array_equal(computed_bits(layer, n), expected[::2])
 
 
-@engines
-def test_a_threshold_of_an_ordinary_channel(engine):
+@tiles
+def test_a_threshold_of_an_ordinary_channel():
     n, channels, g = 301, 70, seeded(3)
     norm = batchnorm(
         nn.BatchNorm1d(channels),
@@ -424,7 +409,7 @@ def test_a_threshold_of_an_ordinary_channel(engine):
     )
     integers = torch.arange(-n, n + 1)
     for bias in (None, torch.randn(channels, generator=g)):
-        layer = on(engine, folded_layer(n, norm, bias))
+        layer = folded_layer(n, norm, bias)
         expected = float_bits(norm, bias, integers)
         assert (expected[0] != expected[-1]).sum() > 30 and (~expected[-1] & expected[0]).sum() > 10
         assert np.array_equal(stored_bits(layer, integers), expected)
@@ -442,12 +427,12 @@ def test_a_value_on_the_threshold_is_positive():
     assert np.array_equal(computed_bits(layer, 9), expected[::2])
 
 
-@engines
+@tiles
 @pytest.mark.parametrize(("n", "dtype"), [(32767, torch.int16), (32768, torch.int32)])
-def test_thresholds_are_16_bits_long_where_those_suffice(n, dtype, engine):
+def test_thresholds_are_16_bits_long_where_those_suffice(n, dtype):
     mean = torch.tensor([n - 0.5, n - 0.5, 0.5 - n, 0.5 - n, 2.0 * n, 2.0 * n, -2.0 * n, -2.0 * n])
     norm = batchnorm(nn.BatchNorm1d(8), weight=[1, -1] * 4, running_mean=mean)
-    layer = on(engine, folded_layer(n, norm))
+    layer = folded_layer(n, norm)
     assert layer.threshold.dtype == dtype
     integers = torch.arange(-n, n + 1)
     expected = float_bits(norm, None, integers)
@@ -459,9 +444,9 @@ def test_thresholds_are_16_bits_long_where_those_suffice(n, dtype, engine):
     assert np.array_equal(bits, expected[[-1, -3, 0]])
 
 
-@engines
+@tiles
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (3, 5), (7, 7), (8, 3)])
-def test_max_pooling_comes_before_a_threshold_of_either_direction(height, width, engine):
+def test_max_pooling_comes_before_a_threshold_of_either_direction(height, width):
     convolution = binarized(BinarizeConv2d(67, 70, 3, padding=1), random_signs(70, 67, 3, 3, seed=0))
     g = seeded(height)
     norm = batchnorm(
@@ -472,7 +457,7 @@ def test_max_pooling_comes_before_a_threshold_of_either_direction(height, width,
         running_var=400.0,
     )
     x = torch.from_numpy(random_signs(4, 67, height, width, seed=width)).float()
-    layer = on(engine, PackedLayer(convolution).fold(norm, convolution.bias))
+    layer = PackedLayer(convolution).fold(norm, convolution.bias)
     with torch.no_grad():
         expected = binarize(norm(functional.max_pool2d(convolution(x), 2)))
     words = layer.bits(words_of(x), pool=2)
@@ -498,11 +483,10 @@ def affine_by_definition(norm, x, shortcut, clamp):
         return np.clip(y, -1, 1) if clamp else y
 
 
-@engines
 @pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
-def test_affine_is_batchnorm(dtype, added, clamp, engine):
+def test_affine_is_batchnorm(dtype, added, clamp):
     g, channels = seeded(5), 67
     norm = batchnorm(
         nn.BatchNorm2d(channels),
@@ -513,7 +497,7 @@ def test_affine_is_batchnorm(dtype, added, clamp, engine):
     )
     x = torch.randint(-30, 31, (3, 5, 4, channels), generator=g).to(dtype)
     shortcut = torch.randn(x.shape, generator=g) if added else None
-    affine = on(engine, Affine(norm))
+    affine = Affine(norm)
     values, words = affine(x, shortcut, clamp)
     definition = affine_by_definition(norm, x, shortcut, clamp)
     np.testing.assert_allclose(values.numpy(), definition, rtol=1e-6, atol=1e-30)
@@ -526,14 +510,13 @@ def test_affine_is_batchnorm(dtype, added, clamp, engine):
         assert torch.equal(affine.bits(x), words)
 
 
-@engines
 @pytest.mark.parametrize("clamp", [False, True])
-def test_affine_of_numbers_that_are_not_ordinary(clamp, engine):
+def test_affine_of_numbers_that_are_not_ordinary(clamp):
     weight, shift, mean, variance, value = torch.tensor(EVERY_CASE).T
     norm = nn.BatchNorm1d(len(EVERY_CASE))
     norm = batchnorm(norm, weight=weight, bias=shift, running_mean=mean, running_var=variance)
     x = torch.stack([value, value.nan_to_num(5, 7, -7) % 3, -value])[:, None, None]
-    values, words = on(engine, Affine(norm))(x, None, clamp)
+    values, words = Affine(norm)(x, None, clamp)
     np.testing.assert_allclose(values.numpy(), affine_by_definition(norm, x, None, clamp), rtol=1e-6)
     assert torch.equal(words, words_of(values.permute(0, 3, 1, 2)))
     assert 0.1 < values.isnan().float().mean() < 0.9
@@ -542,16 +525,16 @@ def test_affine_of_numbers_that_are_not_ordinary(clamp, engine):
 # ---------------------------------------------------------------- damaged networks
 
 
-@engines
+@tiles
 @pytest.mark.parametrize("build", [vgg, resnet, bireal])
-def test_a_damaged_network_predicts_the_same_packed(build, engine):
+def test_a_damaged_network_predicts_the_same_packed(build):
     nans = specials = 0
     for seed, targets in itertools.product(range(12), (PARAMETERS, KINDS)):
         shortcut = seed % 2 == 0
         model = build(40 + seed, shortcut=shortcut) if build is resnet else build(40 + seed)
         x = images_for(model, 6)
         with inject(model, 1e-2, seed=seed, targets=targets), torch.no_grad():
-            expected, packed = model(x), pack(model, engine)
+            expected, packed = model(x), pack(model)
         logits = packed(x)
         assert torch.equal(logits.isnan(), expected.isnan()), (seed, targets)
         assert torch.equal(logits.argmax(1), expected.argmax(1)), (seed, targets)
@@ -561,9 +544,9 @@ def test_a_damaged_network_predicts_the_same_packed(build, engine):
     assert nans and specials
 
 
-@engines
+@tiles
 @pytest.mark.parametrize("build", [vgg, resnet, bireal])
-def test_numbers_of_any_size_predict_the_same_packed(build, engine):
+def test_numbers_of_any_size_predict_the_same_packed(build):
     specials = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 3e38, -3e38, 1e-45])
     for seed in range(6):
         model, g = build(60 + seed), seeded(seed)
@@ -574,7 +557,7 @@ def test_numbers_of_any_size_predict_the_same_packed(build, engine):
                     chosen = specials[torch.randint(len(specials), tensor.shape, generator=g)]
                     tensor.copy_(torch.where(hit, chosen, tensor))
             x = images_for(model, 6)
-            expected, logits = model(x), pack(model, engine)(x)
+            expected, logits = model(x), pack(model)(x)
         torch.testing.assert_close(logits, expected, equal_nan=True, **LOGITS)
         assert torch.equal(logits.argmax(1), expected.argmax(1)), seed
 
@@ -641,14 +624,14 @@ def test_masks_say_which_bits_mean_something(model):
     assert spare
 
 
-@engines
+@tiles
 @pytest.mark.parametrize(("inputs", "channels"), [(3, 5), (64, 64), (65, 70), (130, 33)])
-def test_flipping_every_bit_that_means_something_negates_what_is_computed(inputs, channels, engine):
+def test_flipping_every_bit_that_means_something_negates_what_is_computed(inputs, channels):
     convolution = binarized(
         BinarizeConv2d(inputs, channels, 3, padding=1), random_signs(channels, inputs, 3, 3, seed=0)
     )
     norm = batchnorm(nn.BatchNorm2d(channels), weight=torch.randn(channels, generator=seeded(0)))
-    layer = on(engine, PackedLayer(convolution).fold(norm, convolution.bias))
+    layer = PackedLayer(convolution).fold(norm, convolution.bias)
     x = words_of(torch.from_numpy(random_signs(2, inputs, 5, 5, seed=1)))
     integers, bits = layer(x), layer.bits(x)
     for key in ("weight", "direction"):
@@ -679,13 +662,13 @@ def test_a_packed_network_holds_copies(build):
     assert torch.equal(packed(x), before)
 
 
-@engines
+@tiles
 @pytest.mark.parametrize("build", [vgg, resnet, bireal])
-def test_packed_networks_can_be_copied_pickled_and_loaded(build, engine):
+def test_packed_networks_can_be_copied_pickled_and_loaded(build):
     model = build(in_channels=3)
-    packed = pack(model, engine)
+    packed = pack(model)
     x = images_for(model, 3)
-    other = pack(build(99, in_channels=3), engine)
+    other = pack(build(99, in_channels=3))
     assert not torch.equal(other(x), packed(x))
     other.load_state_dict(packed.state_dict())
     for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), other):
@@ -693,7 +676,6 @@ def test_packed_networks_can_be_copied_pickled_and_loaded(build, engine):
         assert (twin.name, twin.config) == (model.name, model.config)
         assert torch.equal(twin(x), packed(x))
         for own, of_packed in zip(twin.modules(), packed.modules(), strict=True):
-            assert getattr(own, "engine", None) == getattr(of_packed, "engine", None)
             masks, expected = getattr(own, "masks", {}), getattr(of_packed, "masks", {})
             assert masks.keys() == expected.keys()
             assert all(torch.equal(masks[key], expected[key]) for key in masks)
@@ -821,16 +803,10 @@ def test_a_network_without_its_last_batchnorm_is_refused_in_one_line(name):
     assert deployed(model) is model
 
 
-def test_an_unknown_engine_is_refused():
-    with pytest.raises(ValueError, match="cuda") as error:
-        pack(vgg(), "cuda")
-    assert all(engine in str(error.value) for engine in ENGINES)
-
-
-@engines
+@tiles
 @pytest.mark.parametrize("build", [vgg, resnet, bireal])
-def test_images_of_another_kind_are_refused(build, engine):
-    packed = pack(build(), engine)
+def test_images_of_another_kind_are_refused(build):
+    packed = pack(build())
     x = dyadic(2, 1, 8, 8, seed=0)
     for dtype in (torch.float64, torch.float16, torch.uint8, torch.int64):
         with pytest.raises(ValueError, match=str(dtype)):
@@ -841,17 +817,17 @@ def test_images_of_another_kind_are_refused(build, engine):
         packed(x.expand(2, 3, 8, 8))
 
 
-@engines
+@tiles
 @pytest.mark.parametrize("size", [4, 16, 24])
-def test_a_vgg_refuses_images_of_another_size(size, engine):
+def test_a_vgg_refuses_images_of_another_size(size):
     with pytest.raises((ValueError, RuntimeError)):
-        pack(vgg(), engine)(dyadic(2, 1, size, size, seed=0))
+        pack(vgg())(dyadic(2, 1, size, size, seed=0))
 
 
-@engines
-def test_a_resnet_takes_images_of_any_size_as_the_float_network_does(engine):
+@tiles
+def test_a_resnet_takes_images_of_any_size_as_the_float_network_does():
     model = resnet()
-    packed = pack(model, engine)
+    packed = pack(model)
     for height, width in ((4, 4), (5, 9), (1, 1), (16, 2)):
         x = dyadic(3, 1, height, width, seed=height)
         with torch.no_grad():
@@ -883,12 +859,12 @@ def states_of(packed, x):
     ]
 
 
-@engines
+@tiles
 @staged
 @pytest.mark.parametrize("chunk", [None, 1, 4])
-def test_going_on_from_any_stage_gives_the_same_logits(name, chunk, engine):
+def test_going_on_from_any_stage_gives_the_same_logits(name, chunk):
     model = STAGED[name]()
-    packed = pack(model, engine)
+    packed = pack(model)
     if chunk:
         in_chunks_of(chunk, packed)
     for count in (7, 300) if chunk is None else (7,):
@@ -942,26 +918,25 @@ def test_a_tensor_belongs_to_the_first_stage_whose_output_it_changes(name, stora
     assert set(found.values()) == set(range(len(packed.stages)))
 
 
-@engines
+@tiles
 @staged
-def test_repacked_stages_are_as_packed_and_the_others_as_before(name, engine):
+def test_repacked_stages_are_as_packed_and_the_others_as_before(name):
     model = STAGED[name]()
-    before, order = copy.deepcopy(pack(model, engine).state_dict()), list(pack(model).state_dict())
+    before, order = copy.deepcopy(pack(model).state_dict()), list(pack(model).state_dict())
     other = STAGED[name]()
     with torch.no_grad():
         for tensor in other.parameters():
             tensor.neg_().add_(0.1)
-    after = pack(other, engine).state_dict()
+    after = pack(other).state_dict()
     for chosen in ([0], [2], [1, 3], range(len(pack(model).stages)), []):
-        packed = pack(model, engine)
+        packed = pack(model)
         packed.repack(other, chosen)
         for own, tensor in packed.state_dict().items():
             assert torch.equal(tensor, (after if packed.stage_of(own) in chosen else before)[own])
         assert list(packed.state_dict()) == order
-        assert {module.engine for module in packed.modules() if hasattr(module, "engine")} == {engine}
     packed.repack(other, range(len(packed.stages)))
     x = images_for(model, 5)
-    assert same_bits(packed(x), pack(other, engine)(x))
+    assert same_bits(packed(x), pack(other)(x))
 
 
 def test_states_are_bits_but_for_the_numbers_on_shortcuts():
@@ -1004,18 +979,7 @@ def test_stages_and_networks_that_do_not_fit_are_refused():
             packed.repack(model, [0, stage])
 
 
-# ---------------------------------------------------------------- engines, threads, processes
-
-
-@pytest.mark.parametrize("build", [vgg, resnet, bireal])
-def test_engines_agree(build):
-    model = build(70, in_channels=3, width=0.1)
-    x = torch.randn(9, 3, 8, 8, generator=seeded(0))
-    logits = [pack(model, engine)(x) for engine in ENGINES]
-    assert all(torch.equal(other, logits[0]) for other in logits)
-    default = pack(model)
-    assert {module.engine for module in default.modules() if hasattr(module, "engine")} == {ENGINES[0]}
-    assert isinstance(deployed(model), PackedModel) == (ENGINES[0] == "numba")
+# ---------------------------------------------------------------- threads, processes
 
 
 def run(code):
@@ -1033,12 +997,12 @@ import multiprocessing, torch
 from concurrent.futures import ThreadPoolExecutor
 torch.set_num_threads(1)
 from bnn_utils.models import resnet_binary, vgg_cifar10_binary
-from bnn_utils.packed import ENGINES, pack
+from bnn_utils.packed import pack
 torch.manual_seed(0)
 vgg = vgg_cifar10_binary(width=0.05, input_size=8).eval()
 resnet = resnet_binary(width=0.05, depth=8, input_size=8).eval()
 x = torch.randint(-256, 257, (7, 3, 8, 8)) / 128
-networks = [pack(model, engine) for model in (vgg, resnet) for engine in ENGINES]
+networks = [pack(model) for model in (vgg, resnet)]
 
 def logits(_=None):
     return torch.stack([network(x) for network in networks])
@@ -1067,33 +1031,3 @@ with ThreadPoolExecutor(2) as pool:
 @pytest.mark.posix
 def test_threads_and_forked_processes_compute_the_same():
     assert run(THREADS) == ["forked", "0", "threads", "True", "resumed", "True", "at-once", "True"]
-
-
-WITHOUT_NUMBA = """
-import sys
-sys.modules["numba"] = None
-import torch
-from bnn_utils import packed
-from bnn_utils.models import resnet_binary, vgg_cifar10_binary
-print(packed.ENGINES)
-for build in (vgg_cifar10_binary, resnet_binary):
-    torch.manual_seed(0)
-    model = build(width=0.05, input_size=8).eval()
-    x = torch.randint(-256, 257, (7, 3, 8, 8)) / 128
-    with torch.no_grad():
-        print(torch.allclose(packed.pack(model)(x), model(x), atol=1e-4))
-    print(packed.deployed(model) is model)
-    try:
-        packed.pack(model, "numba")
-    except ValueError as error:
-        print("numba" in str(error))
-"""
-
-
-def test_packing_works_without_numba():
-    assert run(WITHOUT_NUMBA) == ["('torch',)", *["True"] * 6]
-
-
-def test_numba_is_the_default_where_it_is_installed():
-    pytest.importorskip("numba")
-    assert packed_module.ENGINES == ("numba", "torch")

@@ -17,7 +17,7 @@ from torch import nn
 from bnn_utils.bits import check_probability
 from bnn_utils.campaign.identity import fingerprint
 from bnn_utils.campaign.results import COLUMNS, ENDINGS, ResultsError, opened
-from bnn_utils.campaign.schedule import Saving, Sweep, run_here, run_there, saved, total_after_look
+from bnn_utils.campaign.schedule import Sweep, run_here, run_there, saved, total_after_look
 from bnn_utils.campaign.trial import Terms, prepared, trial_seed
 from bnn_utils.campaign.workers import WorkerError, parcel
 from bnn_utils.data import Images
@@ -32,7 +32,6 @@ from bnn_utils.system import write_beside
 __all__ = [
     "COLUMNS",
     "ResultsError",
-    "Saving",
     "WorkerError",
     "aggregate",
     "bounded_interval",
@@ -202,13 +201,8 @@ def run(
             else:
                 run_there(executor, stack.enter_context(parcel(model, measured, terms, scratch)), sweep)
         except (BrokenExecutor, CancelledError) as error_of_workers:
-            where = (
-                f"kept in {out}; go on with resume"
-                if file
-                else f"kept in {out}"
-                if out
-                else "lost, since out names no file"
-            )
+            kept = f"kept in {out}{'; go on with resume' if file else ''}"
+            where = kept if out else "lost, since out names no file"
             raise WorkerError(
                 f"the executor lost a worker (killed, or out of memory); what was finished is {where}"
             ) from error_of_workers

@@ -106,15 +106,12 @@ def opened(path: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> Iter
             path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
             write_beside(path, partial(_create, fingerprint=fingerprint))
         try:
-            connection = _connected(path)
+            place = f"{path.absolute().as_uri()}?mode=rw"  # which makes no empty file
+            connection = sqlite3.connect(place, uri=True, timeout=_WAIT)
         except sqlite3.Error as error:
             raise _damaged(path, error) from None
         with closing(connection):
             yield Results(path, connection, fingerprint)
-
-
-def _connected(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=_WAIT)  # rw: makes no empty file
 
 
 def _create(path: Path, fingerprint: Mapping[str, str]) -> None:

@@ -110,22 +110,19 @@ def _end_with_parent() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _ready(parcel: Parcel) -> Trial:
-    """Return what makes a trial's rows; the network and the images are loaded and prepared for the first task only."""
-    _end_with_parent()
-    if _kept.parcel != parcel:
-        _kept.parcel = None
-        _kept.context.close()
-        _kept.context = ExitStack()
-        _kept.trial = _kept.context.enter_context(prepared(*parcel.unpacked()))
-        _kept.parcel = parcel
-    return _kept.trial
-
-
 def work(parcel: Parcel, probability: float, numbers: Sequence[int]) -> tuple[list[list[Row]], float]:
-    """Return the rows of trials, trial by trial, and the seconds that one of them took."""
+    """Return the rows of trials, trial by trial, and the seconds that one of them took.
+
+    The network and the images are loaded and prepared for the first task only.
+    """
+    _end_with_parent()
     with one_thread():  # there are other workers for the other cores
-        trial = _ready(parcel)
+        if _kept.parcel != parcel:
+            _kept.parcel = None
+            _kept.context.close()
+            _kept.context = ExitStack()
+            _kept.trial = _kept.context.enter_context(prepared(*parcel.unpacked()))
+            _kept.parcel = parcel
         started = time.perf_counter()
-        rows = [trial(probability, number) for number in numbers]
+        rows = [_kept.trial(probability, number) for number in numbers]
         return rows, (time.perf_counter() - started) / len(numbers)
