@@ -254,8 +254,8 @@ HEADLINE = (
     "spent on the few that decide."
 )
 BELOW = (
-    "Packed storage, repaired by `{guard}`, the 10,000 test images of CIFAR-10 (JPEG copies), means over trials with "
-    "95% intervals."
+    "Packed storage, repaired by a vote of five on few bits (`{guard}`), the 10,000 test images of CIFAR-10 (JPEG "
+    "copies), means over trials with 95% intervals."
 )
 
 
