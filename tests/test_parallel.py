@@ -59,6 +59,10 @@ def finished(process):
     return out, err
 
 
+def history_of(folder):
+    return pd.read_csv(folder / "history.csv", float_precision="round_trip")
+
+
 class Double(nn.Module):
     def forward(self, x):
         return x.double()
@@ -150,7 +154,7 @@ def test_one_process_writes_and_prints(tmp_path, capsys):
         line.split()[0] for line in capsys.readouterr().out.splitlines()
     ]
     assert {path.name for path in (tmp_path / "two").iterdir()} == {"best.safetensors", "last.pt", "history.csv"}
-    one, shared = (pd.read_csv(tmp_path / name / "history.csv") for name in ("one", "two"))
+    one, shared = (history_of(tmp_path / name) for name in ("one", "two"))
     assert list(shared) == list(one) and list(shared["epoch"]) == [1, 2]
     assert shared["train_loss"][0] == pytest.approx(one["train_loss"][0], rel=1e-4)
     (model, facts), (alone, expected) = (
@@ -193,7 +197,7 @@ def test_a_killed_process_ends_the_run_which_goes_on(tmp_path):
     assert process.returncode == 0, err
     assert cli.main([*map(str, options), "--resume", str(tmp_path / "alone")]) == 0
     for name in ("run", "alone"):
-        history = pd.read_csv(tmp_path / name / "history.csv")
+        history = history_of(tmp_path / name)
         assert list(history["epoch"]) == list(range(1, epochs + 1))
         assert list(history["train_loss"][: len(before)]) == [row["train_loss"] for row in before]
         assert (tmp_path / name / "best.safetensors").is_file()

@@ -205,7 +205,7 @@ def test_damage_curves_of_losses_that_are_not_finite():
     axis = finished(plotting.damage_curves(table, "loss"))[0]
     own = table[table["network"] == "vgg_cifar10_binary"]
     ((_, middle),) = lines(axis, plotting.color("none"))
-    close(middle[:2], own.groupby("probability")["loss"].median()[:2])
+    close(middle[:2], own.groupby("probability")["loss"].median().iloc[:2])
     assert middle[2] == plotting.LARGEST_LOSS and axis.get_yscale() == "log"
     (drawn,) = bands(axis, plotting.color("none"))
     ordered = np.sort(own.loc[own["probability"] == 1e-3, "loss"])
