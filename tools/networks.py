@@ -70,6 +70,9 @@ def overview(root: Path) -> str:
     return "\n".join(rows)
 
 
+FIRST = "results/{}_first"  # the folder of an earlier training that a network goes on from
+
+
 def _capital(words: str) -> str:
     return words[:1].upper() + words[1:]
 
@@ -91,6 +94,8 @@ def command(facts: dict[str, Any], name: str) -> str:
     if "start" in facts:  # the file of a run, or one that is here
         kept = "checkpoints" if facts["start"] == checkpoints.NETWORK_FILE else "results"
         start = f"{kept}/{re.split('[-_]errors', name)[0]}/{facts['start']}"
+    if "before" in facts:  # an earlier training of its own, packed
+        start = f"{FIRST.format(name)}/{checkpoints.NETWORK_FILE}"
     if "teacher" in facts:  # a network can be the teacher of what starts from it
         words.append(f"--teacher {start if facts['teacher'] == facts.get('start') else facts['teacher']}")
     if start:
@@ -111,9 +116,10 @@ def card(folder: Path) -> str:
     first = ""
     if before:
         reached = f"which reached {before['validation_accuracy']:.1%} on validation images in {earlier} epochs"
-        first = (
-            f"\n\nThat went on from the packed network of this one, {reached}:\n\n    {command(before, folder.name)}"
-        )
+        made = FIRST.format(folder.name)
+        packing = f"python -m bnn_utils pack -e {made}/best.safetensors -o {made}/{checkpoints.NETWORK_FILE}"
+        first = f"\n\nThat goes on from the packed network of this one, {reached}:\n\n"
+        first += f"    {command(before, Path(made).name)}\n    {packing}"
     trained = f"{recipe['epochs']} epochs in {facts['seconds']:,.0f} seconds on {facts['device'].upper()}"
     return f"""\
 # {folder.name}
