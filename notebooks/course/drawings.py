@@ -312,7 +312,7 @@ def points_against_bits(table: pd.DataFrame, mine: pd.DataFrame) -> Figure:
             low, high = plotting.interval(trials["points"])
             look: Any = dict(color=plotting.color(str(name)), fmt=plotting.MARKERS[index], ms=7, capsize=3)
             axis.errorbar(times, mean, yerr=[[mean - min(max(low, 0), mean)], [high - mean]], **look)
-            place: Any = dict(xytext=(8, 0), ha="left") if times < 2 else dict(xytext=(-8, 0), ha="right")
+            place: Any = dict(xytext=(8, 0), ha="left") if times < 2 else dict(xytext=(6, 20), ha="right")
             words = plotting.label(str(name)) + (f" (+{times - 1:.0%})" if times > 1 else "")
             if name == "none":
                 words, place = "no repair", dict(xytext=(-6, 22), ha="left")
@@ -325,7 +325,7 @@ def points_against_bits(table: pd.DataFrame, mine: pd.DataFrame) -> Figure:
         axis.set(
             xlabel="stored bits, times those without repair",
             ylabel="accuracy lost at p = 0.01 (points)",
-            ylim=(-0.2, 150),
+            ylim=(-0.2, 300),
         )
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks([1, 1.5, 2, 3], ["1", "1.5", "2", "3"])
