@@ -8,7 +8,7 @@ REPOSITORY ?=
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help notebooks test lab soak publish benchmark badges site lint clean
+.PHONY: help notebooks test lab soak publish benchmark badges site e2e lint clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 

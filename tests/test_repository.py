@@ -215,9 +215,8 @@ def test_every_trained_network_is_shipped_whole():
     for folder in {path.parent for path in (ROOT / "checkpoints").glob("*/*")}:
         _, facts = checkpoints.load(folder / "network.safetensors")
         history = pd.read_csv(folder / "history.csv")
-        earlier = (
-            facts["before"]["recipe"]["epochs"] if "before" in facts else 0
-        )  # of a training that this one went on from
+        before = facts.get("before")  # a training that this one went on from
+        earlier = before["recipe"]["epochs"] if before else 0
         assert len(history) == earlier + facts["recipe"]["epochs"]
         best = history.loc[history["epoch"] == earlier + facts["epoch"], "validation_accuracy"].item()
         assert best == facts["validation_accuracy"] and facts["packed"]

@@ -752,13 +752,13 @@ def damaged_accuracy(model, images, probability, trials):
 
 def test_training_with_errors_survives_errors(digits):
     gains = []
-    for seed in range(4):
+    for seed in range(3):
         accuracy = {}
-        for rate in (0.0, 0.1):
+        for rate in (0.0, 0.04):
             model = network(seed, width=1 / 24)
             train(model, digits, Recipe(epochs=8, batch_size=64, lr=1e-2, seed=seed, damage_rate=rate), progress=False)
-            accuracy[rate] = damaged_accuracy(model, digits.test, 0.1, trials=10)
-        gains.append(accuracy[0.1] - accuracy[0.0])
+            accuracy[rate] = damaged_accuracy(model, digits.test, 0.04, trials=10)
+        gains.append(accuracy[0.04] - accuracy[0.0])
     gain, half = mean_interval(gains)
     assert gain - half > 0, (gain, half)
 

@@ -260,7 +260,7 @@ HEADLINE = (
     "spent on the few that decide."
 )
 BELOW = (
-    "Packed storage, repaired by a vote of five on few bits (`{guard}`), the 10,000 test images of CIFAR-10 (JPEG "
+    "Packed storage, repaired by a {repair} (`{guard}`), the 10,000 test images of CIFAR-10 (JPEG "
     "copies), means over trials with 95% intervals."
 )
 
@@ -284,7 +284,7 @@ def glance(root: Path, said: Words = str) -> str:
             )
             link = f"[{said(told['word'])}](checkpoints/{name}/README.md)"
             rows.append(f"| {link} | {told['clean']:.1%} | {damaged}% | {repaired}% | {told['more']:.1%} |")
-    return "\n".join([*rows, "", said(BELOW).format(guard=GUARD)])
+    return "\n".join([*rows, "", said(BELOW).format(repair=said(plotting.label(GUARD)), guard=GUARD)])
 
 
 def main(root: Path = ROOT) -> None:
